@@ -1,0 +1,22 @@
+"""timm_eed: multi-exit timm models, trained with exit-ensemble distillation."""
+from .exits import EXIT_TYPES, ExitHead
+from .losses import ExitEnsembleDistillationLoss, create_multi_exit_loss
+from .multi_exit import MultiExitOutput, MultiExitWrapper, create_model, wrap
+from .profiling import profile
+from .task import MultiExitEvaluator, MultiExitTask
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'EXIT_TYPES',
+    'ExitEnsembleDistillationLoss',
+    'ExitHead',
+    'MultiExitEvaluator',
+    'MultiExitOutput',
+    'MultiExitTask',
+    'MultiExitWrapper',
+    'create_model',
+    'create_multi_exit_loss',
+    'profile',
+    'wrap',
+]

@@ -1,0 +1,61 @@
+"""What each classifier of a multi-exit model costs: multiply-adds and parameters up to and including its head."""
+from typing import Any, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .multi_exit import MultiExitWrapper
+from .probe import input_size as model_input_size
+from .probe import meta_twin
+
+__all__ = ['ExitProfile', 'profile']
+
+
+class ExitProfile(NamedTuple):
+    """Cost of one classifier for one image, all up to and including its own head (other exits not counted).
+
+    exit: exit1, exit2, .., main. gmacs: 10^9 multiply-adds of convolutions, linear layers and attention products.
+    gflops: 2 x gmacs. params: number of parameters.
+    """
+    exit: str
+    gmacs: float
+    gflops: float
+    params: int
+
+
+def profile(model: MultiExitWrapper, input_size: Optional[Tuple[int, int, int]] = None) -> List[ExitProfile]:
+    """Cost of each classifier, shallow to deep, counted on a twin without weights (nothing is computed).
+
+    Normalisation, activations and pooling are not counted, as is usual.
+
+    Args:
+        model: A multi-exit model.
+        input_size: Image size (C, H, W); the model's own when None.
+    """
+    twin = meta_twin(model).eval().requires_grad_(False)  # the counter's hooks trip over leaves that want gradients
+    dtype = next(model.parameters()).dtype
+    x = torch.empty(1, *(input_size or model_input_size(model.backbone)), device='meta', dtype=dtype)
+    rows = []
+    for number, (index, exit_head) in enumerate(zip(twin.exit_indices, twin.exits), start=1):
+        flops = _count(lambda: exit_head(twin.backbone.forward_intermediates(
+            x, indices=[index], output_fmt='NCHW', stop_early=True, intermediates_only=True)[0]))
+        trunk = meta_twin(twin.backbone)
+        trunk.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
+        rows.append(_row(f'exit{number}', flops, _num_params(trunk) + _num_params(exit_head)))
+    rows.append(_row('main', _count(lambda: twin.backbone(x)), _num_params(twin.backbone)))
+    return rows
+
+
+def _count(run: Any) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _row(name: str, flops: int, params: int) -> ExitProfile:
+    return ExitProfile(name, flops / 2e9, flops / 1e9, params)
+
+
+def _num_params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
