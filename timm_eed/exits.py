@@ -12,7 +12,19 @@ import torch
 import torch.nn as nn
 from timm.layers import ConvNormAct, LayerNorm2d
 
-__all__ = ['EXIT_TYPES', 'ExitHead', 'StageInfo', 'default_exit_indices', 'exit_widths', 'resolve_exit_indices', 'stages']
+__all__ = [
+    'EXIT_TYPES',
+    'ExitHead',
+    'StageInfo',
+    'TimmModel',
+    'default_exit_indices',
+    'exit_widths',
+    'resolve_exit_indices',
+    'stages',
+]
+
+
+TimmModel = Any  # an nn.Module with timm's methods, for which timm has no type
 
 
 class StageInfo(NamedTuple):
@@ -22,7 +34,7 @@ class StageInfo(NamedTuple):
     reduction: int
 
 
-def stages(model: nn.Module) -> List[StageInfo]:
+def stages(model: TimmModel) -> List[StageInfo]:
     """The stage outputs a timm model can hand out, shallow to deep (its `feature_info`).
 
     Raises:
@@ -98,7 +110,7 @@ def resolve_exit_indices(
     return sorted(resolved)
 
 
-def _expansion(model: nn.Module, stage: StageInfo) -> int:
+def _expansion(model: TimmModel, stage: StageInfo) -> int:
     """How much wider a stage's output is than its planes: the `expansion` of its residual blocks, 1 without."""
     try:
         module = model.get_submodule(stage.module)
@@ -111,7 +123,7 @@ def _expansion(model: nn.Module, stage: StageInfo) -> int:
     return 1
 
 
-def exit_widths(model: nn.Module, index: int, num_features: int) -> List[int]:
+def exit_widths(model: TimmModel, index: int, num_features: int) -> List[int]:
     """Output widths of the convolutions of an exit behind stage `index`, one per halving still to come.
 
     They step through the planes of the stages still to come (bottleneck ResNets: channels without the expansion)

@@ -136,14 +136,12 @@ class ExitEnsembleDistillationLoss(nn.Module):
         if (self.alpha or self.beta) and len(logits) < 2:
             raise ValueError('Distillation needs at least one exit beside the main network; attach exits, '
                              'or set alpha=0 and beta=0.')
-        if self.beta and features is None:
-            raise ValueError('beta > 0 needs the features; pass out.features of forward_exits().')
         with torch.autocast(logits[0].device.type, enabled=False):
             logits = [_full_precision(z) for z in logits]
             task_loss = _sum([self.task_loss(z, target) for z in logits])
             off = task_loss.new_zeros(())
             distill_loss = self._output_loss(logits) if self.alpha else off
-            feature_loss = self._feature_loss([_full_precision(f) for f in features]) if self.beta else off
+            feature_loss = self._feature_loss(features) if self.beta else off
             loss = task_loss
             if self.alpha:
                 loss = loss + self.alpha * distill_loss
@@ -163,7 +161,10 @@ class ExitEnsembleDistillationLoss(nn.Module):
         teacher_log_prob = F.log_softmax(teacher / self.temperature, dim=-1)
         return _sum([distillation_kl(z, teacher_log_prob, self.temperature) for z in students])
 
-    def _feature_loss(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _feature_loss(self, features: Optional[Sequence[torch.Tensor]]) -> torch.Tensor:
+        if features is None:
+            raise ValueError('beta > 0 needs the features; pass out.features of forward_exits().')
+        features = [_full_precision(f) for f in features]
         members = self.teacher_indices(len(features))
         teacher = ensemble_mean([features[i].detach() for i in members])
         return _sum([F.mse_loss(features[i], teacher) for i in self._students(members, len(features))])

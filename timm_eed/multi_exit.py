@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 
-from .exits import ExitHead, exit_widths, resolve_exit_indices, stages
+from .exits import ExitHead, TimmModel, exit_widths, resolve_exit_indices, stages
 from .probe import logits_are_classifier_output, pre_logits_width
 
 __all__ = ['MultiExitOutput', 'MultiExitWrapper', 'create_model', 'wrap']
@@ -30,7 +30,7 @@ class MultiExitOutput(NamedTuple):
 class ExitInfo(NamedTuple):
     """Where one exit sits: module name in the backbone, stage index and depth (0..1), map channels and reduction."""
     module: str
-    index: int
+    stage: int
     depth: float
     channels: int
     reduction: int
@@ -64,7 +64,7 @@ class MultiExitWrapper(nn.Module):
 
     def __init__(
             self,
-            backbone: nn.Module,
+            backbone: TimmModel,
             exit_indices: Optional[Union[int, Sequence[int]]] = None,
             exit_type: str = 'conv',
             **exit_kwargs: Any,
@@ -77,12 +77,12 @@ class MultiExitWrapper(nn.Module):
             infos, exit_indices, cfg.get('architecture') or type(backbone).__name__)
         self.exit_type = exit_type
         self.exit_kwargs = exit_kwargs
-        self.backbone = backbone
+        self.backbone: TimmModel = backbone
         self.backbone_frozen = False
         parameter = next(backbone.parameters())
         width = pre_logits_width(backbone)
         with torch.device(parameter.device):
-            self.exits = nn.ModuleList(
+            self.exits: Any = nn.ModuleList(
                 ExitHead(
                     infos[index].channels,
                     exit_widths(backbone, index, width),
@@ -205,7 +205,7 @@ class MultiExitWrapper(nn.Module):
 
     def no_weight_decay(self) -> Set[str]:
         """Names the backbone excludes from weight decay, under the wrapper's own prefix."""
-        names = getattr(self.backbone, 'no_weight_decay', set)()
+        names: Set[str] = getattr(self.backbone, 'no_weight_decay', set)()
         return {'backbone.' + name for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
@@ -233,12 +233,12 @@ class MultiExitWrapper(nn.Module):
             for index, exit_head in zip(self.exit_indices, self.exits)
         ]
 
-    def unwrap(self) -> nn.Module:
+    def unwrap(self) -> TimmModel:
         """The plain timm model, its state_dict keys unchanged."""
         return self.backbone
 
 
-def _check_classifier(model: nn.Module) -> None:
+def _check_classifier(model: TimmModel) -> None:
     if not hasattr(model, 'get_classifier') or not hasattr(model, 'forward_head'):
         raise ValueError(
             f'{type(model).__name__} is an encoder without a classifier, there is nothing to distil; '
@@ -250,7 +250,7 @@ def _check_classifier(model: nn.Module) -> None:
 
 
 def wrap(
-        model: nn.Module,
+        model: TimmModel,
         exit_indices: Optional[Union[int, Sequence[int]]] = None,
         exit_type: str = 'conv',
         **exit_kwargs: Any,

@@ -5,6 +5,8 @@ from typing import Any, Dict, Iterator, Tuple
 import torch
 import torch.nn as nn
 
+from .exits import TimmModel
+
 __all__ = ['input_size', 'logits_are_classifier_output', 'meta_twin', 'pre_logits_width']
 
 
@@ -19,7 +21,7 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
                     yield item
 
 
-def meta_twin(model: nn.Module) -> nn.Module:
+def meta_twin(model: nn.Module) -> Any:
     """A deep copy of a model whose tensors live on the meta device: right shapes, no memory, no arithmetic.
 
     The model itself is left alone; running it under a fake-tensor mode instead would leave fake tensors in the
@@ -33,7 +35,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def input_size(model: nn.Module) -> Tuple[int, int, int]:
+def input_size(model: TimmModel) -> Tuple[int, int, int]:
     """The input [C, H, W] a timm model was made for, with the channels its weights really take."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     channels, height, width = cfg.get('input_size') or (3, 224, 224)
@@ -44,7 +46,7 @@ def input_size(model: nn.Module) -> Tuple[int, int, int]:
     return channels, height, width
 
 
-def _final_features(model: nn.Module) -> torch.Tensor:
+def _final_features(model: TimmModel) -> torch.Tensor:
     """The (shape of the) map that `forward_head` takes, for a batch of two, on the meta device."""
     twin = meta_twin(model).eval()
     dtype = next(model.parameters()).dtype
@@ -52,7 +54,7 @@ def _final_features(model: nn.Module) -> torch.Tensor:
         return twin.forward_features(torch.empty(2, *input_size(model), device='meta', dtype=dtype))
 
 
-def pre_logits_width(model: nn.Module) -> int:
+def pre_logits_width(model: TimmModel) -> int:
     """D, the width of the main network's feature right before its classifier.
 
     Read from the classifier where it is a plain layer, else from timm's `head_hidden_size` / `num_features`.
@@ -62,7 +64,7 @@ def pre_logits_width(model: nn.Module) -> int:
     return width or getattr(model, 'head_hidden_size', None) or model.num_features
 
 
-def logits_are_classifier_output(model: nn.Module) -> bool:
+def logits_are_classifier_output(model: TimmModel) -> bool:
     """Whether `get_classifier()` applied to `forward_head(x, pre_logits=True)` is exactly `forward_head(x)`.
 
     Then one pass through the head gives both feature and logits. Tried on the model's own head, in evaluation mode and
@@ -92,7 +94,7 @@ def logits_are_classifier_output(model: nn.Module) -> bool:
             module.training = mode
 
 
-def _same_head(model: nn.Module, classifier: nn.Module, x: torch.Tensor) -> bool:
+def _same_head(model: TimmModel, classifier: nn.Module, x: torch.Tensor) -> bool:
     calls = []
     handle = classifier.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
     devices = [x.device] if x.device.type == 'cuda' else []

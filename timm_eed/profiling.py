@@ -1,15 +1,16 @@
 """What each classifier of a multi-exit model costs: multiply-adds and parameters up to and including its head."""
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .exits import TimmModel
 from .multi_exit import MultiExitWrapper
 from .probe import input_size as model_input_size
 from .probe import meta_twin
 
-__all__ = ['ExitProfile', 'profile']
+__all__ = ['ExitProfile', 'ensemble_gmacs', 'profile']
 
 
 class ExitProfile(NamedTuple):
@@ -33,23 +34,40 @@ def profile(model: MultiExitWrapper, input_size: Optional[Tuple[int, int, int]] 
         model: A multi-exit model.
         input_size: Image size (C, H, W); the model's own when None.
     """
-    twin = meta_twin(model).eval().requires_grad_(False)  # the counter's hooks trip over leaves that want gradients
-    dtype = next(model.parameters()).dtype
-    x = torch.empty(1, *(input_size or model_input_size(model.backbone)), device='meta', dtype=dtype)
+    twin, x = _twin_and_input(model, input_size)
     rows = []
     for number, (index, exit_head) in enumerate(zip(twin.exit_indices, twin.exits), start=1):
-        flops = _count(lambda: exit_head(twin.backbone.forward_intermediates(
-            x, indices=[index], output_fmt='NCHW', stop_early=True, intermediates_only=True)[0]))
+        flops = _count(_run_exit, twin.backbone, exit_head, index, x)
         trunk = meta_twin(twin.backbone)
         trunk.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
         rows.append(_row(f'exit{number}', flops, _num_params(trunk) + _num_params(exit_head)))
-    rows.append(_row('main', _count(lambda: twin.backbone(x)), _num_params(twin.backbone)))
+    rows.append(_row('main', _count(twin.backbone, x), _num_params(twin.backbone)))
     return rows
 
 
-def _count(run: Any) -> int:
+def ensemble_gmacs(model: MultiExitWrapper, input_size: Optional[Tuple[int, int, int]] = None) -> float:
+    """10^9 multiply-adds of all classifiers together for one image, counted as in `profile`."""
+    twin, x = _twin_and_input(model, input_size)
+    return _count(twin.forward_exits, x) / 2e9
+
+
+def _twin_and_input(
+        model: MultiExitWrapper,
+        input_size: Optional[Tuple[int, int, int]],
+) -> Tuple[Any, torch.Tensor]:
+    twin = meta_twin(model).eval().requires_grad_(False)  # the counter's hooks trip over leaves that want gradients
+    dtype = next(model.parameters()).dtype
+    return twin, torch.empty(1, *(input_size or model_input_size(model.backbone)), device='meta', dtype=dtype)
+
+
+def _run_exit(backbone: TimmModel, exit_head: nn.Module, index: int, x: torch.Tensor) -> None:
+    exit_head(backbone.forward_intermediates(
+        x, indices=[index], output_fmt='NCHW', stop_early=True, intermediates_only=True)[0])
+
+
+def _count(function: Callable[..., Any], *inputs: Any) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
+        function(*inputs)
     return counter.get_total_flops()
 
 

@@ -78,7 +78,7 @@ class MultiExitTask(TrainingTask):
         if not isinstance(model, MultiExitWrapper):
             raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
         self.num_exits = model.num_exits
-        self.trainable_module: nn.Module = AllExits(model)
+        self.trainable_module: Any = AllExits(model)
         self.criterion = (criterion if criterion is not None else ExitEnsembleDistillationLoss()).to(self.device)
         self.criterion.teacher_indices(self.num_exits)  # raises now what would fail in the first step
 
@@ -88,7 +88,12 @@ class MultiExitTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # as timm's tasks have it
+            self,
+            backend: str = 'inductor',
+            mode: Optional[str] = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
         """Compile the forward pass of all exits, before `prepare_distributed`; training and evaluation share it."""
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = self.trainable_module
@@ -100,7 +105,7 @@ class MultiExitTask(TrainingTask):
         if not exclude_head:
             return model.parameters()
         classifier = model.get_classifier()
-        heads: List[nn.Module] = [e.fc for e in model.exits]
+        heads = [exit_head.fc for exit_head in model.exits]
         heads += list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
         excluded = {id(p) for head in heads for p in head.parameters()}
         return [p for p in model.parameters() if id(p) not in excluded]
@@ -151,13 +156,13 @@ class MultiExitEvaluator(ClassificationEvaluator):
             criterion: Optional[nn.Module] = None,
     ):
         self.names = [f'exit{i + 1}' for i in range(num_exits - 1)] + ['ensemble']
-        self.metric_names = ('loss', 'top1', 'top5', *(f'top{k}_{name}' for name in self.names for k in (1, 5)))
+        self.metric_names: Any = ('loss', 'top1', 'top5', *(f'top{k}_{name}' for name in self.names for k in (1, 5)))
         super().__init__(device, max_samples=max_samples, criterion=criterion)
 
     def reset(self) -> None:
         """Forget everything seen so far."""
         super().reset()
-        self.exit_counts = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.device)  # top-1, top-5 correct
+        self.exit_counts = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.device)  # correct
         self.has_exits = False
 
     @torch.no_grad()
@@ -190,13 +195,18 @@ class MultiExitEvaluator(ClassificationEvaluator):
             row[0] += correct[:, 0].sum()
             row[1] += correct.any(dim=-1).sum()
 
-    def _add_exits(self, metrics: Dict[str, float], exit_counts: torch.Tensor, count: int) -> Dict[str, float]:
+    def _add_exits(
+            self,
+            metrics: 'OrderedDict[str, float]',
+            exit_counts: torch.Tensor,
+            count: int,
+    ) -> 'OrderedDict[str, float]':
         for name, (top1, top5) in zip(self.names, exit_counts.tolist()):
             metrics[f'top1_{name}'] = 100 * top1 / max(count, 1)
             metrics[f'top5_{name}'] = 100 * top5 / max(count, 1)
         return metrics
 
-    def summary(self) -> Dict[str, float]:
+    def summary(self) -> 'OrderedDict[str, float]':
         """Local running metrics for progress logging, without collectives."""
         metrics = super().summary()
         return self._add_exits(metrics, self.exit_counts, int(self.counts[0])) if self.has_exits else metrics

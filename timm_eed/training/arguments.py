@@ -86,12 +86,19 @@ def _config_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something; None, False and empty ones are described by the help itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser, a group per topic; names, types, defaults and meanings are those of timm's train script."""
     parser = argparse.ArgumentParser(
         description='Train a timm model with exits by exit-ensemble distillation.',
         parents=[_config_parser()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     for add_group in (
             _exits, _data, _model, _device, _optimizer, _schedule, _augmentation, _regularization, _loss, _batch_norm,
@@ -195,7 +202,7 @@ def _optimizer(parser: argparse.ArgumentParser) -> None:
 
 def _schedule(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('Learning rate schedule').add_argument
-    add('--sched', default='cosine', metavar='NAME', help='schedule: cosine, tanh, step, multistep, poly, wsd, none, ..')
+    add('--sched', default='cosine', metavar='NAME', help='cosine, tanh, step, multistep, poly, wsd, none, ..')
     add('--sched-on-updates', action='store_true', help='schedule by updates, not by epochs')
     add('--lr', type=float, metavar='F', help='learning rate; from --lr-base if not given')
     add('--lr-base', type=float, default=.1, metavar='F', help='learning rate for a batch of --lr-base-size')
@@ -300,7 +307,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
     add('--experiment', default='', metavar='NAME', help='name of the run; date, model and size if empty')
     add('--resume', default='', metavar='FILE', help='continue from a checkpoint, or auto: the last of --experiment')
     add('--no-resume-opt', action='store_true', help='do not restore the optimizer')
-    add('--eval-metric', default='top1', metavar='NAME', help='metric that ranks checkpoints (top1, top1_exit1, loss, ..)')
+    add('--eval-metric', default='top1', metavar='NAME', help='ranks checkpoints: top1, top1_exit1, loss, ..')
     add('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
     add('--recovery-interval', type=int, default=0, metavar='N', help='steps between recovery checkpoints; 0: none')

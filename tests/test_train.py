@@ -1,0 +1,302 @@
+"""train_eed.py on small real images, from the command line down."""
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import train_eed
+from timm_eed.training.data import SkippingImageDataset
+from timm_eed.training.digits import Digits
+from timm_eed.training.engine import LossTerms
+from timm_eed.training.errors import TrainingError
+
+SMALL = '--model test_resnet --img-size 32 -b 12 -j 0 --epochs 2 --warmup-epochs 0 --lr .01 --device cpu'.split()
+
+
+@pytest.fixture
+def train(image_folder, tmp_path, monkeypatch):
+    """Run the script on the image folder; gives the folder of the run."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, experiment='run', data=True):
+        data_flags = ['--data', str(image_folder), '--num-classes', '3'] if data else []
+        train_eed.main([*SMALL, *data_flags, '--output', str(tmp_path / 'out'), '--experiment', experiment, *flags])
+        return tmp_path / 'out' / experiment
+    return run
+
+
+def rows_of(folder: Path):
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(path: Path, key='state_dict'):
+    return torch.load(path, weights_only=True, map_location='cpu') if key is None else load(path)[key]
+
+
+def load(path: Path):
+    import argparse
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True, map_location='cpu')
+
+
+def test_a_run_leaves_what_a_timm_user_expects(train, capsys):
+    folder = train('--eed-beta', '1')
+    rows = rows_of(folder)
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert {'train_loss', 'train_task_loss', 'train_distill_loss', 'train_feature_loss', 'eval_loss', 'eval_top1',
+            'eval_top5', 'eval_top1_exit1', 'eval_top1_exit2', 'eval_top1_exit3', 'eval_top1_ensemble', 'lr',
+            } <= set(rows[0])
+    for name in ('last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'):
+        assert (folder / name).exists()
+    recorded = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert recorded['eed_beta'] == 1. and recorded['model'] == 'test_resnet' and recorded['lr'] == .01
+    table = capsys.readouterr().out.splitlines()[-6:]
+    assert [line.split()[0] for line in table] == ['exit', 'exit1', 'exit2', 'exit3', 'main', 'ensemble']
+    assert float(table[4].split()[6]) == pytest.approx(float(rows[-1]['eval_top1']), abs=.01)
+
+
+def test_args_yaml_is_a_config(train):
+    folder = train()
+    again = train('--config', str(folder / 'args.yaml'), experiment='again', data=False)
+    assert rows_of(again)[-1]['train_loss'] == rows_of(folder)[-1]['train_loss']
+
+
+def test_loss_terms_add_up_in_the_summary(train):
+    row = rows_of(train('--eed-alpha', '.5', '--eed-beta', '2', '--epochs', '1'))[0]
+    loss, task, distill, feature = (
+        float(row[f'train_{n}']) for n in ('loss', 'task_loss', 'distill_loss', 'feature_loss'))
+    assert distill > 0 and feature > 0
+    assert loss == pytest.approx(task + .5 * distill + 2 * feature, rel=1e-5)
+
+
+def test_without_exits_it_is_plain_timm(train):
+    """The same final weights as a loop of timm's pieces written here."""
+    import timm
+    from timm.data import create_dataset, create_loader, resolve_data_config
+    folder = train('--eed-method', 'none', '--sched', 'none', '--no-aug', '--smoothing', '0', '--epochs', '2')
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    timm.utils.random_seed(42, 0)
+    model = timm.create_model('test_resnet', num_classes=3)
+    config = resolve_data_config({'img_size': 32}, model=model)
+    dataset = create_dataset('', args['data_dir'], split='train', is_training=True)
+    loader = create_loader(
+        dataset, config['input_size'], 12, is_training=True, no_aug=True, num_workers=0, mean=config['mean'],
+        std=config['std'], interpolation=config['interpolation'], device=torch.device('cpu'))
+    optimizer = timm.optim.create_optimizer_v2(model, 'sgd', lr=.01, momentum=.9, weight_decay=2e-5)
+    for epoch in range(2):
+        model.train()
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        # the script's evaluation draws no random numbers but a loader's base seed
+        torch.empty((), dtype=torch.int64).random_()
+    state = load(folder / 'last.pth.tar')['state_dict']
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert not any('exit' in name for name in rows_of(folder)[0])
+
+
+def test_everything_at_once_and_resumed(train):
+    flags = ('--mixup .2 --cutmix 1 --smoothing .1 --model-ema --model-ema-decay .9 --amp --amp-dtype bfloat16 '
+             '--grad-accum-steps 2 --clip-grad 1 --eed-beta 1 --opt adamw').split()
+    whole = train(*flags, '--epochs', '2', experiment='whole')
+    train(*flags, '--epochs', '2', experiment='parts')
+    folder = whole.parent / 'parts'
+    shutil.copy(folder / 'checkpoint-0.pth.tar', folder / 'last.pth.tar')
+    train(*flags, '--epochs', '2', '--resume', 'auto', experiment='parts')
+    assert [row['epoch'] for row in rows_of(folder)] == ['0', '1']
+    resumed, straight = load(folder / 'last.pth.tar'), load(whole / 'last.pth.tar')
+    assert resumed['epoch'] == straight['epoch'] == 1
+    assert resumed['optimizer']['state'][0]['step'] == straight['optimizer']['state'][0]['step'] == 4  # 3 batches: 2 steps
+    assert set(resumed['state_dict_ema']) == set(resumed['state_dict'])
+    assert rows_of(folder)[0]['train_loss'] == rows_of(whole)[0]['train_loss']
+
+
+def test_resume_continues_the_weights(train):
+    folder = train('--epochs', '1', '--sched', 'none')
+    first = load(folder / 'last.pth.tar')
+    train('--epochs', '1', '--sched', 'none', '--resume', 'auto')  # complete: nothing left to do
+    again = load(folder / 'last.pth.tar')
+    assert all(torch.equal(v, again['state_dict'][k]) for k, v in first['state_dict'].items())
+    other = train('--epochs', '2', '--lr', '0', '--sched', 'none', '--resume', str(folder / 'last.pth.tar'),
+                  '--no-resume-opt', experiment='other')
+    frozen = load(other / 'last.pth.tar')['state_dict']
+    learned = [k for k in frozen if not k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))]
+    assert all(torch.equal(frozen[k], first['state_dict'][k]) for k in learned)
+
+
+def test_initial_checkpoint_of_a_plain_and_of_a_multi_exit_model(train):
+    plain = train('--eed-method', 'none', '--epochs', '1', experiment='plain')
+    started = train('--initial-checkpoint', str(plain / 'last.pth.tar'), '--epochs', '1', '--lr', '0',
+                    '--sched', 'none', experiment='started')
+    weights, origin = load(started / 'last.pth.tar')['state_dict'], load(plain / 'last.pth.tar')['state_dict']
+    assert torch.equal(weights['backbone.fc.weight'], origin['fc.weight'])
+    again = train('--initial-checkpoint', str(started / 'last.pth.tar'), '--epochs', '1', '--lr', '0',
+                  '--sched', 'none', experiment='again')
+    assert torch.equal(load(again / 'last.pth.tar')['state_dict']['exits.0.fc.weight'], weights['exits.0.fc.weight'])
+
+
+@pytest.mark.parametrize('flags', [
+    '--eed-method kd --eed-output-loss mse', '--eed-method ce', '--eed-teacher exit1+main', '--bce-loss --cutmix 1',
+    '--loss poly', '--jsd-loss --aug-splits 3 --aa rand-m3-mstd0.5', '--freeze-backbone', '--exit-type linear',
+    '--exit-indices 1 -2', '--no-prefetcher --mixup .2 --channels-last', '--clip-grad .1 --clip-mode agc',
+    '--sched multistep --decay-milestones 1', '--sched-on-updates --warmup-epochs 1', '--model-dtype bfloat16',
+    '--torchcompile aot_eager', '--val-split= --val-interval 2', '--recovery-interval 1 --log-interval 1',
+    '--grad-checkpointing --layer-decay .7', '--drop .2 --head-init-scale .1 --head-init-bias 0 --in-chans 1',
+])
+def test_flag_combinations_run(train, flags):
+    row = rows_of(train(*flags.split(), '--epochs', '1'))[0]
+    assert np.isfinite(float(row['train_loss']))
+
+
+def test_evaluation_skipped_between_intervals_keeps_the_columns(train):
+    rows = rows_of(train('--epochs', '3', '--val-interval', '2'))
+    assert [bool(row['eval_top1']) for row in rows[1:]] == [True, True]
+    assert all(row['lr'] for row in rows[1:])
+
+
+def fails(train, capsys, *flags, **kwargs):
+    with pytest.raises(SystemExit) as stop:
+        train(*flags, **kwargs)
+    return f'{stop.value}\n{capsys.readouterr().err}'
+
+
+def test_bad_data_folders(train, capsys, tmp_path, image_folder):
+    assert "'nowhere' does not exist" in fails(train, capsys, '--data', 'nowhere')
+    (tmp_path / 'empty').mkdir()
+    assert "has no 'train' split: expected a folder train or training in it, found nothing" in fails(
+        train, capsys, '--data', 'empty')
+    (tmp_path / 'empty/train').mkdir()
+    assert 'Found 0 images' in fails(train, capsys, '--data', 'empty')
+    shutil.rmtree(image_folder / 'val')
+    message = fails(train, capsys)
+    assert "no 'validation' split: expected a folder validation or val" in message and "--val-split ''" in message
+    assert 'name a folder with --data' in fails(train, capsys, data=False)
+    assert 'ships eed/digits' in fails(train, capsys, '--dataset', 'eed/letters')
+
+
+def test_classes_that_disagree(train, capsys, image_folder):
+    assert 'The data has 3 classes and the model 5 outputs; pass --num-classes 3' in fails(
+        train, capsys, '--num-classes', '5')
+    assert 'pass --num-classes 3' in fails(train, capsys, '--num-classes', '2')
+    shutil.rmtree(image_folder / 'val/class1')
+    message = fails(train, capsys)
+    assert 'The splits disagree about the classes: 3 in train, 2 in validation (only in train: class1)' in message
+
+
+def test_batch_larger_than_the_data(train, capsys):
+    assert 'has 36 images, less than one batch of 64; lower --batch-size (-b) to 36' in fails(
+        train, capsys, '-b', '64')
+
+
+def test_bad_models_and_checkpoints(train, capsys, tmp_path):
+    assert "Unknown model 'resnet5O'; did you mean" in fails(train, capsys, '--model', 'resnet5O')
+    assert 'exit index 9 is out of range' in fails(train, capsys, '--exit-indices', '9')
+    assert 'indices of the 4 classifiers' in fails(train, capsys, '--eed-teacher', 'exit7')
+    assert "not measured; choose from loss, top1" in fails(train, capsys, '--eval-metric', 'map')
+    assert "there is no checkpoint 'none.pth'" in fails(train, capsys, '--resume', 'none.pth')
+    (tmp_path / 'junk.pth').write_bytes(b'junk')
+    assert 'is no readable checkpoint' in fails(train, capsys, '--resume', 'junk.pth')
+    assert 'is no readable checkpoint' in fails(train, capsys, '--initial-checkpoint', 'junk.pth')
+    folder = train('--epochs', '1')
+    last = str(folder / 'last.pth.tar')
+    message = fails(train, capsys, '--model', 'test_vit', '--resume', last, experiment='b')
+    assert '--model was test_resnet and is test_vit' in message
+    message = fails(train, capsys, '--eed-method', 'none', '--resume', last, experiment='b')
+    assert '--eed-method was eed and is none' in message
+    message = fails(train, capsys, '--model', 'test_convnext', '--initial-checkpoint', last, experiment='b')
+    assert 'do not fit this model, check --model' in message
+
+
+def test_checkpoints_that_would_run_code_are_refused(train, capsys, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'sprung'),)
+    torch.save({'state_dict': Trap()}, tmp_path / 'trap.pth')
+    for flag in ('--resume', '--initial-checkpoint'):
+        assert 'is no readable checkpoint' in fails(train, capsys, flag, 'trap.pth')
+    assert not (tmp_path / 'sprung').exists()
+
+
+def test_nan_loss_stops_with_step_and_terms(train, capsys):
+    folder = train('--epochs', '1')
+    before = (folder / 'last.pth.tar').read_bytes()
+    message = fails(train, capsys, '--epochs', '3', '--lr', '1e30', '--sched', 'none', '--resume', 'auto')
+    assert 'The loss is not finite at epoch 1, step' in message and 'task_loss' in message and '--lr' in message
+    assert (folder / 'last.pth.tar').read_bytes() == before
+
+
+def test_first_bad_step_is_named():
+    terms = LossTerms(torch.device('cpu'))
+    for step, value in enumerate([1., 2., float('nan'), float('nan')]):
+        terms.add(step, {'loss': torch.tensor(value), 'task_loss': torch.tensor(1.)}, 4)
+    with pytest.raises(TrainingError, match='epoch 5, step 2: loss nan, task_loss 1'):
+        terms.check(5)
+
+
+def test_loss_terms_are_weighted_by_samples():
+    terms = LossTerms(torch.device('cpu'))
+    terms.add(0, {'loss': torch.tensor(1.)}, 1)
+    terms.add(1, {'loss': torch.tensor(4.)}, 2)
+    assert terms.check(0) == {'loss': 3.}
+
+
+def test_unreadable_images_are_named_counted_and_skipped(train, caplog, image_folder):
+    bad = image_folder / 'train/class1/3.png'
+    bad.write_bytes(bad.read_bytes()[:60])
+    (image_folder / 'val/class0/0.png').write_bytes(b'no image')
+    folder = train('--epochs', '1')
+    assert f'Skipped unreadable image {bad}' in caplog.text
+    assert '2 unreadable images were replaced by their neighbours in this epoch' in caplog.text
+    assert len(rows_of(folder)) == 1
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_only_unreadable_images_end_the_run(train, capsys, image_folder, workers):
+    for path in (image_folder / 'train').rglob('*.png'):
+        path.write_bytes(b'no image')
+    assert '10 images in a row are unreadable' in fails(train, capsys, '-j', workers)
+
+
+def test_skipping_counts_over_worker_processes(image_folder):
+    from timm.data import create_dataset
+    for i in range(3):
+        (image_folder / f'train/class{i}/0.png').write_bytes(b'no image')
+    dataset = SkippingImageDataset(create_dataset('', str(image_folder), split='train'))
+    dataset.transform = np.array
+    for _ in torch.utils.data.DataLoader(dataset, batch_size=6, num_workers=2):
+        pass
+    assert int(dataset.skipped) == 3
+
+
+def test_digits_are_the_published_ones():
+    train, held_out = Digits(), Digits(train=False)
+    assert len(train) + len(held_out) == 1797
+    counts = np.bincount([label for _, label in train.samples + held_out.samples])
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as the source states them
+    levels = np.unique(np.stack([tile for tile, _ in train.samples]))
+    assert levels.tolist() == [15 * level for level in range(17)]
+    assert not {tile.tobytes() for tile, _ in train.samples} & {tile.tobytes() for tile, _ in held_out.samples}
+
+
+def test_two_processes(image_folder, tmp_path):
+    """torchrun with gloo: every parameter in step on both ranks, metrics without the sampler's padding."""
+    import subprocess
+    import sys
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29613',
+        train_eed.__file__, *SMALL, '-b', '6', '--data', str(image_folder), '--num-classes', '3', '--epochs', '1',
+        '--eed-beta', '1', '-vb', '5', '--output', str(tmp_path), '--experiment', 'two']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = rows_of(tmp_path / 'two')[0]
+    assert float(row['eval_top1']) * 12 / 100 == pytest.approx(round(float(row['eval_top1']) * 12 / 100), abs=1e-6)
+    assert not any(k.startswith('module') for k in load(tmp_path / 'two/last.pth.tar')['state_dict'])

@@ -1,0 +1,204 @@
+"""What a run is made of, from parsed arguments: device, model, task, optimizer, schedule."""
+import argparse
+import logging
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.loss import create_classification_loss
+from timm.models import resolve_model_input_args
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import NativeScaler, init_distributed_device, random_seed
+
+from ..exits import TimmModel
+from ..losses import create_multi_exit_loss
+from ..multi_exit import MultiExitWrapper, check_model_name, wrap
+from ..task import MultiExitTask
+from .arguments import parse_teacher
+from .checkpoint import load_initial_checkpoint
+from .errors import TrainingError
+
+__all__ = ['Precision', 'build_model', 'build_optimizer', 'build_scheduler', 'build_task', 'setup_device']
+
+_logger = logging.getLogger(__name__)
+
+
+def setup_device(args: argparse.Namespace) -> torch.device:
+    """Choose the device, join the process group, seed; adds distributed, rank, world_size, primary to `args`."""
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        _logger.warning('No GPU is available, training on the CPU (--device cpu says so without this warning).')
+        args.device = 'cpu'
+    device = init_distributed_device(args)
+    args.primary = args.rank == 0
+    if device.type == 'cuda':
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if args.fast_norm:
+        set_fast_norm()
+    args.img_dtype = getattr(torch, args.model_dtype or 'float32')
+    args.mixup_active = args.mixup > 0 or args.cutmix > 0. or args.cutmix_minmax is not None
+    random_seed(args.seed, args.rank)
+    return device
+
+
+class Precision:
+    """Mixed precision of a run: the autocast context of each step, and the loss scaler float16 needs on a GPU.
+
+    Args:
+        args: Parsed arguments.
+        device: Device of the run.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.scaler: Optional[NativeScaler] = None
+        self._autocast: Callable[[], Any] = nullcontext
+        if not args.amp:
+            return
+        dtype = getattr(torch, args.amp_dtype)
+        if device.type == 'cpu' and dtype == torch.float16:
+            _logger.warning('float16 AMP is for GPUs, using bfloat16 on the CPU (--amp-dtype bfloat16).')
+            dtype = torch.bfloat16
+        self._autocast = lambda: torch.autocast(device.type, dtype=dtype)
+        if dtype == torch.float16:
+            self.scaler = NativeScaler(device=device.type)
+
+    def autocast(self) -> Any:
+        """Context for forward passes."""
+        return self._autocast()
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
+    """The model on its device: multi-exit, or plain timm for --eed-method none.
+
+    Raises:
+        TrainingError: If the name is unknown, an exit cannot be placed, or a checkpoint does not fit.
+    """
+    try:
+        check_model_name(args.model)
+        model: TimmModel = timm.create_model(pretrained=args.pretrained, **_model_kwargs(args))
+        if args.eed_method != 'none':
+            model = wrap(model, args.exit_indices, args.exit_type, drop_rate=args.drop)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise TrainingError(f"Cannot make the model '{args.model}': {error}") from error
+    if args.initial_checkpoint:
+        load_initial_checkpoint(model, args.initial_checkpoint)
+    _init_heads(args, model)
+    if isinstance(model, MultiExitWrapper) and args.freeze_backbone:
+        model.freeze_backbone()
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=device, dtype=args.img_dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def _model_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    overlay = None
+    if args.pretrained_path:
+        overlay = dict(file=args.pretrained_path, num_classes=-1)
+    kwargs = dict(
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+    )
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
+    kwargs = resolve_model_input_args(
+        args.model, vars(args), in_chans=in_chans, pretrained_cfg_overlay=overlay, **kwargs, **args.model_kwargs)
+    if overlay:
+        kwargs['pretrained_cfg_overlay'] = overlay
+    return kwargs
+
+
+def _init_heads(args: argparse.Namespace, model: TimmModel) -> None:
+    classifiers = [model.get_classifier()]
+    if isinstance(model, MultiExitWrapper):
+        classifiers += [exit_head.fc for exit_head in model.exits]
+    with torch.no_grad():
+        for classifier in classifiers:
+            if args.head_init_scale is not None:
+                classifier.weight.mul_(args.head_init_scale)
+                classifier.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                nn.init.constant_(classifier.bias, args.head_init_bias)
+
+
+def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
+    """The training task: the loss over all exits, or timm's own for a plain model.
+
+    Raises:
+        TrainingError: If the loss does not fit the flags or the model.
+    """
+    loss_type = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce')
+    timm_loss: Dict[str, Any] = dict(
+        loss_type=loss_type,
+        smoothing=args.smoothing,
+        soft_targets=args.mixup_active,
+        bce_sum=args.bce_sum,
+        bce_target_thresh=args.bce_target_thresh,
+        pos_weight=args.bce_pos_weight,
+        poly_epsilon=args.poly_epsilon,
+        jsd_splits=args.aug_splits,
+    )
+    try:
+        if not isinstance(model, MultiExitWrapper):
+            criterion = create_classification_loss(**timm_loss)
+            return ClassificationTask(model, criterion, device=device, verbose=args.primary)
+        loss = create_multi_exit_loss(
+            method=args.eed_method,
+            alpha=args.eed_alpha,
+            beta=args.eed_beta,
+            output_loss=args.eed_output_loss,
+            temperature=args.eed_temperature,
+            teacher=parse_teacher(args.eed_teacher) if args.eed_method == 'eed' else None,
+            **timm_loss,
+        )
+        return MultiExitTask(model, loss, device=device, verbose=args.primary)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer over the model's parameters; fills in `args.lr` from the global batch where it is not given."""
+    if args.lr is None:
+        batch = args.batch_size * args.world_size * args.grad_accum_steps
+        scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
+        ratio = batch / args.lr_base_size
+        args.lr = args.lr_base * (ratio ** .5 if scale == 'sqrt' else ratio)
+        if args.primary:
+            _logger.info(
+                f'Learning rate {args.lr:.4g} from --lr-base {args.lr_base} and a global batch of {batch} ({scale}).')
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"Cannot make the optimizer '{args.opt}': {error}") from error
+
+
+def build_scheduler(
+        args: argparse.Namespace,
+        optimizer: torch.optim.Optimizer,
+        updates_per_epoch: int,
+) -> Tuple[Optional[Any], int]:
+    """timm's schedule and the number of epochs it makes of --epochs (cooldown, cycles)."""
+    try:
+        return create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(args, decreasing_metric='loss' in args.eval_metric),
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise TrainingError(f"Cannot make the schedule '{args.sched}': {error}") from error

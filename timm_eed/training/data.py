@@ -1,0 +1,314 @@
+"""Data sets and loaders of the training script, checked before the first step."""
+import argparse
+import logging
+import os
+from typing import Any, Dict, List, Optional, Set, Tuple
+
+import torch
+from PIL import Image
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+
+from .digits import Digits
+from .errors import TrainingError
+
+__all__ = ['Data', 'create_data']
+
+_logger = logging.getLogger(__name__)
+
+# folder names that mean the same split, as timm reads them
+_SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
+
+
+class SkippingImageDataset(ImageDataset):
+    """timm's image data set, which replaces an unreadable image by the next one, with two additions: the image is
+    named, and counted over all loader processes.
+
+    Args:
+        dataset: The data set to read from.
+    """
+
+    def __init__(self, dataset: ImageDataset):
+        super().__init__(
+            root=None,
+            reader=dataset.reader,
+            input_img_mode=dataset.input_img_mode,
+            target_transform=dataset.target_transform,
+        )
+        self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._named: Set[int] = set()
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        for _ in range(self._max_retries):
+            try:
+                file, target = self.reader[index]
+                image: Any = Image.open(file)
+                image = image.convert(self.input_img_mode) if self.input_img_mode else image  # decodes the pixels
+                break
+            except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
+                self._skip(index, error)
+                index = (index + 1) % len(self.reader)
+        else:
+            raise TrainingError(
+                f'{self._max_retries} images in a row are unreadable, the last is {self._name(index - 1)}; '
+                'check that the files are whole (TIMM_DATASET_MAX_RETRIES changes the number).')
+        if self.transform is not None:
+            image = self.transform(image)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target
+
+    def _name(self, index: int) -> str:
+        return self.reader.filename(index % len(self.reader), absolute=True)
+
+    def _skip(self, index: int, error: Exception) -> None:
+        self.skipped += 1
+        if index not in self._named:
+            self._named.add(index)
+            _logger.warning(f'Skipped unreadable image {self._name(index)}: {error}')
+
+
+class Data:
+    """The loaders of a run, and what else the loop needs to know about its data.
+
+    Args:
+        train: Training loader.
+        validation: Validation loader, None without a validation split.
+        mixup: Mixup on batches where the loader does not do it itself.
+        collate_mixup: Mixup inside the loader.
+        sources: The image data sets that count unreadable files.
+    """
+
+    def __init__(
+            self,
+            train: Any,
+            validation: Optional[Any],
+            mixup: Optional[Mixup],
+            collate_mixup: Optional[FastCollateMixup],
+            sources: List[SkippingImageDataset],
+    ):
+        self.train = train
+        self.validation = validation
+        self.mixup = mixup
+        self._collate_mixup = collate_mixup
+        self._sources = sources
+
+    def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
+        """Tell samplers and streamed data sets the epoch, and end mixup when its time has come."""
+        targets: Tuple[Any, Any] = (getattr(self.train, 'sampler', None), self.train.dataset)
+        for target in targets:
+            if hasattr(target, 'set_epoch'):
+                target.set_epoch(epoch)
+        if mixup_off_epoch and epoch >= mixup_off_epoch:
+            if self._collate_mixup is not None:
+                self.train.mixup_enabled = False
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = False
+
+    def take_skipped(self) -> int:
+        """How many unreadable images were replaced since the last call."""
+        count = 0
+        for source in self._sources:
+            count += int(source.skipped)
+            source.skipped.zero_()
+        return count
+
+
+def create_data(
+        args: argparse.Namespace,
+        data_config: Dict[str, Any],
+        num_classes: int,
+        device: torch.device,
+) -> Data:
+    """Data sets and loaders for parsed arguments.
+
+    Args:
+        args: Parsed arguments.
+        data_config: Input size, mean, std, .. as timm's `resolve_data_config` gives them.
+        num_classes: Outputs of the model.
+        device: Device of the batches.
+
+    Raises:
+        TrainingError: If a folder or split is missing or empty, or class counts disagree.
+    """
+    train: Any = _create_split(args, args.train_split, data_config)
+    validation = _create_split(args, args.val_split, data_config)
+    if train is None:
+        raise TrainingError("--train-split is empty; name the training split, as in --train-split train.")
+    _check_classes(args, train, validation, num_classes)
+    sources = [dataset for dataset in (train, validation) if isinstance(dataset, SkippingImageDataset)]
+    if len(train) and len(train) // args.batch_size < 1:
+        raise TrainingError(
+            f'The training split has {len(train)} images, less than one batch of {args.batch_size}; '
+            f'lower --batch-size (-b) to {len(train)} or less.')
+    if args.aug_splits:
+        train = AugMixDataset(train, num_splits=args.aug_splits)
+    collate, mixup = _create_mixup(args, num_classes)
+    loader = dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        distributed=args.distributed,
+        pin_memory=args.pin_mem,
+        device=device,
+        img_dtype=args.img_dtype,
+        use_prefetcher=not args.no_prefetcher,
+        worker_seeding=args.worker_seeding,
+    )
+    train_loader = create_loader(train, **loader, **_training_transforms(args, data_config), collate_fn=collate)
+    if validation is None:
+        return Data(train_loader, None, mixup, collate, sources)
+    workers = min(2, args.workers) if args.distributed and args.dataset.startswith(('tfds', 'wds')) else args.workers
+    validation_loader = create_loader(validation, **{**loader, 'num_workers': workers}, **dict(
+        batch_size=args.validation_batch_size or args.batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+    ))
+    return Data(train_loader, validation_loader, mixup, collate, sources)
+
+
+def _training_transforms(args: argparse.Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
+    return dict(
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=args.aa,
+        num_aug_repeats=int(args.aug_repeats),
+        num_aug_splits=args.aug_splits,
+        interpolation=interpolation,
+        use_multi_epochs_loader=args.use_multi_epochs_loader,
+    )
+
+
+def _create_mixup(
+        args: argparse.Namespace,
+        num_classes: int,
+) -> Tuple[Optional[FastCollateMixup], Optional[Mixup]]:
+    if not args.mixup_active:
+        return None, None
+    if args.aug_splits:
+        raise TrainingError('Mixup and --aug-splits cannot go together; drop one of them.')
+    if args.batch_size % 2:
+        raise TrainingError(f'Mixup pairs images, so the batch must be even; --batch-size is {args.batch_size}.')
+    kwargs = dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+    return (None, Mixup(**kwargs)) if args.no_prefetcher else (FastCollateMixup(**kwargs), None)
+
+
+def _create_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]) -> Optional[Any]:
+    if not split:
+        return None
+    training = split == args.train_split
+    image_mode = args.input_img_mode or ('L' if data_config['input_size'][0] == 1 else 'RGB')
+    if args.dataset == 'eed/digits':
+        return Digits(train=training, input_img_mode=image_mode)
+    if not args.dataset:
+        _check_folder(args.data_dir, split)
+    elif args.dataset.startswith('eed/'):
+        raise TrainingError(f"Unknown data set '{args.dataset}'; the package ships eed/digits.")
+    kwargs: Dict[str, Any] = {} if args.dataset.startswith('torch/') else {'input_img_mode': image_mode}
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            num_samples=args.train_num_samples if training else args.val_num_samples,
+            seed=args.seed,
+            repeats=args.epoch_repeats if training else 0,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **kwargs,
+        )
+    except (RuntimeError, OSError, AssertionError, ImportError) as error:
+        raise TrainingError(f"Cannot read split '{split}' of {args.dataset or args.data_dir}: {error}") from error
+    return SkippingImageDataset(dataset) if type(dataset) is ImageDataset else dataset
+
+
+def _check_folder(root: Optional[str], split: str) -> None:
+    """timm reads the root itself where a split is missing, and would validate on training images."""
+    if not root:
+        raise TrainingError('No data: name a folder with --data DIR, or a data set with --dataset NAME.')
+    if not os.path.exists(root):
+        raise TrainingError(
+            f"The data folder '{root}' does not exist (looked from {os.getcwd()}); correct --data.")
+    if not os.path.isdir(root):
+        return  # an archive, which timm's readers open
+    base = split.split('[')[0]
+    names = next((names for names in _SPLIT_NAMES if base in names), (base,))
+    if any(os.path.exists(os.path.join(root, name)) for name in (base, *names)):
+        return
+    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    listing = ', '.join(found[:8]) + (', ..' if len(found) > 8 else '') if found else 'nothing'
+    flag, without = ('--train-split', '') if base in _SPLIT_NAMES[0] else (
+        '--val-split', " or train without one by --val-split ''")
+    raise TrainingError(
+        f"The data folder '{root}' has no '{split}' split: expected a folder {' or '.join(names)} in it, "
+        f'found {listing}. Name another with {flag}{without}.')
+
+
+def _classes(dataset: Any) -> Optional[List[str]]:
+    """Class names in index order where a data set knows them."""
+    by_name = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    if by_name:
+        return sorted(by_name, key=by_name.get)
+    return getattr(dataset, 'classes', None)
+
+
+def _check_classes(args: argparse.Namespace, train: Any, validation: Optional[Any], num_classes: int) -> None:
+    classes, validation_classes = _classes(train), _classes(validation)
+    if classes is None:
+        return
+    if validation_classes is not None and classes != validation_classes:
+        differences = [
+            f"only in {name}: {', '.join(sorted(map(str, only))[:5])}"
+            for name, only in (
+                ('train', set(classes) - set(validation_classes)),
+                ('validation', set(validation_classes) - set(classes)),
+            )
+            if only
+        ]
+        raise TrainingError(
+            f'The splits disagree about the classes: {len(classes)} in train, {len(validation_classes)} in validation '
+            f"({'; '.join(differences) or 'same names, other order'}). Labels would not match; "
+            'give every split a folder per class, or a --class-map.')
+    if args.class_map:
+        return  # maps may name classes that no image has
+    if len(classes) > num_classes or (args.num_classes is not None and len(classes) != num_classes):
+        raise TrainingError(
+            f'The data has {len(classes)} classes and the model {num_classes} outputs; '
+            f'pass --num-classes {len(classes)}.')
+    if len(classes) < num_classes and args.primary:
+        _logger.warning(
+            f'The data has {len(classes)} classes, the model its default of {num_classes} outputs; '
+            f'--num-classes {len(classes)} would fit.')

@@ -1,0 +1,232 @@
+"""One epoch of training, one evaluation."""
+import argparse
+import logging
+import math
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+from timm.task import TrainingTask, evaluation_sample_limit
+from timm.utils import CheckpointSaver, dispatch_clip_grad
+from tqdm import tqdm
+
+from .build import Precision
+from .data import Data
+from .errors import TrainingError
+
+__all__ = ['LossTerms', 'evaluate', 'train_one_epoch', 'updates_per_epoch']
+
+_logger = logging.getLogger(__name__)
+
+_TERMS = ('loss', 'task_loss', 'distill_loss', 'feature_loss')
+
+
+class LossTerms:
+    """Running means of the loss terms, kept on the device; the host looks only when it is asked.
+
+    Args:
+        device: Device of the losses.
+    """
+
+    def __init__(self, device: torch.device):
+        self.names: List[str] = []
+        self._sum = torch.zeros(len(_TERMS), device=device)
+        self._samples = 0
+        self._unseen: List[Tuple[int, torch.Tensor]] = []
+
+    def add(self, step: int, result: Dict[str, torch.Tensor], samples: int) -> None:
+        """Count the terms of one step."""
+        self.names = [name for name in _TERMS if name in result]
+        terms = torch.stack([result[name].detach().float() for name in self.names])
+        self._unseen.append((step, terms))
+        self._sum[:len(terms)] += terms * samples
+        self._samples += samples
+
+    def check(self, epoch: int) -> Dict[str, float]:
+        """Means so far.
+
+        Raises:
+            TrainingError: If the loss of a step was not finite; names the step and its terms.
+        """
+        if self._unseen:
+            terms = torch.stack([terms for _, terms in self._unseen]).cpu()
+            for (step, _), row in zip(self._unseen, terms.tolist()):
+                if not all(map(math.isfinite, row)):
+                    values = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, row))
+                    raise TrainingError(
+                        f'The loss is not finite at epoch {epoch}, step {step}: {values}. No checkpoint was written '
+                        'since. Lower --lr, clip with --clip-grad 1, or use --amp-dtype bfloat16.')
+            self._unseen.clear()
+        return self.means(self._sum, self._samples)
+
+    def means(self, total: torch.Tensor, samples: float) -> Dict[str, float]:
+        """Means of summed terms."""
+        return dict(zip(self.names, (total / max(samples, 1)).tolist()))
+
+    def reduced(self) -> Dict[str, float]:
+        """Means over all processes."""
+        total = torch.cat([self._sum, self._sum.new_tensor([float(self._samples)])])
+        dist.all_reduce(total)
+        return self.means(total[:-1], total[-1].item())
+
+
+def updates_per_epoch(num_batches: int, grad_accum_steps: int) -> int:
+    """Optimizer steps per epoch; the batches left over at its end make one more."""
+    return -(-num_batches // grad_accum_steps)
+
+
+def train_one_epoch(
+        epoch: int,
+        task: TrainingTask,
+        data: Data,
+        optimizer: torch.optim.Optimizer,
+        args: argparse.Namespace,
+        precision: Precision,
+        scheduler: Optional[Any] = None,
+        saver: Optional[CheckpointSaver] = None,
+) -> Dict[str, float]:
+    """Train for one epoch and return the means of the loss terms.
+
+    Raises:
+        TrainingError: If the loss is not finite.
+    """
+    device = torch.device(args.device)
+    data.set_epoch(epoch, args.mixup_off_epoch)
+    task.train()
+    optimizer.zero_grad()
+    terms = LossTerms(device)
+    num_batches, accum = len(data.train), args.grad_accum_steps
+    updates = epoch * updates_per_epoch(num_batches, accum)
+    start, seen = time.time(), 0
+    for step, (x, y) in enumerate(_progress(data.train, f'epoch {epoch}', args)):
+        x, y = _to_device(x, y, device, args)
+        if data.mixup is not None:
+            x, y = data.mixup(x, y)
+        last = step == num_batches - 1
+        need_update = last or (step + 1) % accum == 0
+        group = accum if step < num_batches - num_batches % accum else num_batches % accum
+        with nullcontext() if need_update else task.no_sync():
+            with precision.autocast():
+                result = task(x, y)
+            _backward(result['loss'] / group, task, optimizer, args, precision, need_update)
+        terms.add(step, result, len(x))
+        seen += len(x) * args.world_size
+        if need_update:
+            updates += 1
+            optimizer.zero_grad()
+            task.update_ema(step=updates)
+            if args.synchronize_step and device.type == 'cuda':
+                torch.cuda.synchronize()
+            if scheduler is not None:
+                scheduler.step_update(num_updates=updates)
+        if last or (step + 1) % args.log_interval == 0:
+            means = terms.check(epoch)
+            if args.primary and not last:
+                _log_step(epoch, step, num_batches, means, optimizer, seen / (time.time() - start))
+        if saver is not None and args.recovery_interval and need_update and (step + 1) % args.recovery_interval == 0:
+            terms.check(epoch)
+            saver.save_recovery(epoch, batch_idx=step)
+    if hasattr(optimizer, 'sync_lookahead'):
+        optimizer.sync_lookahead()
+    metrics = terms.reduced() if args.distributed else terms.check(epoch)
+    metrics['images_per_second'] = seen / (time.time() - start)
+    return metrics
+
+
+def _backward(
+        loss: torch.Tensor,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        args: argparse.Namespace,
+        precision: Precision,
+        need_update: bool,
+) -> None:
+    clip = None if args.clip_grad is None else dict(
+        parameters=list(task.get_clip_parameters(exclude_head='agc' in args.clip_mode)))
+    second_order = getattr(optimizer, 'is_second_order', False)
+    if precision.scaler is not None:
+        precision.scaler(
+            loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, create_graph=second_order,
+            need_update=need_update, **(clip or {}))
+        return
+    loss.backward(create_graph=second_order)
+    if need_update:
+        if clip is not None:
+            dispatch_clip_grad(clip['parameters'], args.clip_grad, mode=args.clip_mode)
+        optimizer.step()
+
+
+def evaluate(
+        model: Any,
+        task: TrainingTask,
+        loader: Any,
+        args: argparse.Namespace,
+        precision: Precision,
+        name: str = 'test',
+) -> Dict[str, float]:
+    """Metrics of a model on a loader, over all processes; each exit is computed once.
+
+    Args:
+        model: The task's eval model, plain or its moving average.
+        task: The task, which makes the evaluator.
+        loader: Validation loader.
+        args: Parsed arguments.
+        precision: Mixed precision settings.
+        name: What the progress bar calls it.
+    """
+    device = torch.device(args.device)
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader) if args.distributed else None)
+    model.eval()
+    with torch.inference_mode():
+        for x, y in _progress(loader, name, args):
+            x, y = _to_device(x, y, device, args)
+            with precision.autocast():
+                output = model(x)
+            if args.tta > 1:  # augmented copies of one image follow each other
+                output, y = _average_copies(output, args.tta), y[::args.tta]
+            evaluator.update(output, y)
+    return dict(evaluator.compute(distributed=args.distributed))
+
+
+def _average_copies(output: Any, copies: int) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output.unfold(0, copies, copies).mean(-1)
+    return [z.unfold(0, copies, copies).mean(-1) for z in output.logits]
+
+
+def _to_device(
+        x: torch.Tensor,
+        y: torch.Tensor,
+        device: torch.device,
+        args: argparse.Namespace,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    if args.no_prefetcher:
+        x, y = x.to(device=device, dtype=args.img_dtype), y.to(device)
+    if args.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, y
+
+
+def _progress(loader: Any, name: str, args: argparse.Namespace) -> Iterable[Any]:
+    """The loader, under a bar on a terminal."""
+    return tqdm(
+        loader, desc=name, unit='batch', leave=False, dynamic_ncols=True,
+        disable=not (args.primary and sys.stderr.isatty()))
+
+
+def _log_step(
+        epoch: int,
+        step: int,
+        num_batches: int,
+        means: Dict[str, float],
+        optimizer: torch.optim.Optimizer,
+        rate: float,
+) -> None:
+    losses = '  '.join(f'{name} {value:.4f}' for name, value in means.items())
+    lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+    width = len(str(num_batches))
+    _logger.info(
+        f'epoch {epoch}  step {step + 1:>{width}}/{num_batches}  {losses}  lr {lr:.3g}  {rate:,.0f} images/s')

@@ -1,0 +1,60 @@
+"""What a run prints: a block per epoch, a table at the end."""
+from typing import Dict, List, Optional
+
+import torch.nn as nn
+
+from ..multi_exit import MultiExitWrapper
+from ..profiling import ensemble_gmacs, profile
+
+__all__ = ['closing_table', 'epoch_lines']
+
+
+def epoch_lines(
+        epoch: int,
+        num_epochs: int,
+        train: Dict[str, float],
+        validation: Dict[str, float],
+        lr: float,
+        ema: bool = False,
+) -> str:
+    """An epoch in a few lines: loss terms, then accuracy (%) of each exit, the main network and the ensemble."""
+    losses = '  '.join(f'{name} {value:.4f}' for name, value in train.items()
+                       if name.endswith('loss') and (value or name == 'loss'))  # a term that is off stays out
+    lines = [f"Epoch {epoch + 1}/{num_epochs}  {losses}  lr {lr:.3g}  {train['images_per_second']:,.0f} images/s"]
+    if validation:
+        suffix = '  (moving average)' if ema else ''
+        lines += [
+            f'  {name:<8}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %{suffix}'
+            for name, top1, top5 in accuracies(validation)
+        ]
+    return '\n'.join(lines)
+
+
+def accuracies(metrics: Dict[str, float]) -> List[tuple]:
+    """(name, top-1, top-5) of each exit, main, ensemble, in that order."""
+    suffixes = [name[len('top1'):] for name in metrics if name.startswith('top1_exit')]
+    suffixes += [suffix for suffix in ('', '_ensemble') if f'top1{suffix}' in metrics]
+    return [(suffix.lstrip('_') or 'main', metrics[f'top1{suffix}'], metrics[f'top5{suffix}']) for suffix in suffixes]
+
+
+def closing_table(model: nn.Module, metrics: Dict[str, float], input_size: Optional[tuple] = None) -> str:
+    """Accuracy beside cost, a row per classifier; the ensemble costs all of them.
+
+    Args:
+        model: The trained model, with or without exits.
+        metrics: Validation metrics of the last evaluation.
+        input_size: Image size (C, H, W).
+    """
+    if not isinstance(model, MultiExitWrapper):
+        return '\n'.join(f'{name:<8}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %' for name, top1, top5 in
+                         accuracies(metrics))
+    cost = {row.exit: (row.gflops, row.params) for row in profile(model, input_size)}
+    params = sum(p.numel() for p in model.parameters())
+    cost['ensemble'] = (2 * ensemble_gmacs(model, input_size), params)
+    main = cost['main'][0]
+    lines = [f"{'exit':<8}  {'GFLOPs':>9}  {'share':>7}  {'params':>9}  {'top-1':>8}  {'top-5':>8}"]
+    for name, top1, top5 in accuracies(metrics):
+        gflops, params = cost[name]
+        lines.append(f'{name:<8}  {gflops:9.4f}  {100 * gflops / main:5.1f} %  {params / 1e6:7.2f} M'
+                     f'  {top1:6.2f} %  {top5:6.2f} %')
+    return '\n'.join(lines)

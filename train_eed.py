@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Train a timm model with exits: timm's own flags, and a group for exit-ensemble distillation.
+
+    python train_eed.py --config hub_configs/quickstart.yaml
+    python train_eed.py --model resnet50 --eed-alpha 1 --data imagenet
+    torchrun --nproc_per_node 8 train_eed.py --model resnet50 --data imagenet
+"""
+import logging
+import os
+import sys
+from argparse import Namespace
+from datetime import datetime
+from typing import Any, Dict, Optional, Sequence
+
+import timm
+import torch
+import yaml
+from timm.data import resolve_data_config
+from timm.task import TrainingTask
+from timm.utils import CheckpointSaver, distribute_bn, get_outdir, setup_default_logging, update_summary
+from timm.utils.summary import trim_summary
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from timm_eed.exits import TimmModel
+from timm_eed.training.arguments import parse_args
+from timm_eed.training.build import Precision, build_model, build_optimizer, build_scheduler, build_task, setup_device
+from timm_eed.training.checkpoint import resume, resume_path
+from timm_eed.training.data import Data, create_data
+from timm_eed.training.engine import evaluate, train_one_epoch, updates_per_epoch
+from timm_eed.training.errors import TrainingError
+from timm_eed.training.report import closing_table, epoch_lines
+
+_logger = logging.getLogger('train_eed')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the script; errors that the user can mend end it with one message."""
+    setup_default_logging()
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # lists all files after every epoch
+    try:
+        with logging_redirect_tqdm():
+            run(parse_args(argv))
+    except TrainingError as error:
+        sys.exit(f'train_eed.py: error: {error}')
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run(args: Namespace) -> Dict[str, float]:
+    """Train as the arguments say and return the metrics of the last evaluation."""
+    command = dict(vars(args))
+    device = setup_device(args)
+    checkpoint = resume_path(args)
+    model = build_model(args, device)
+    data_config = resolve_data_config(vars(args), model=model)
+    data = create_data(args, data_config, model.num_classes, device)
+    task = build_task(args, model, device)
+    optimizer = build_optimizer(args, model)
+    precision = Precision(args, device)
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None)
+    start_epoch = resume(args, task, checkpoint, optimizer, precision.scaler) if checkpoint else 0
+    if args.start_epoch is not None:
+        start_epoch = args.start_epoch
+    prepare_task(args, task)
+    updates = updates_per_epoch(len(data.train), args.grad_accum_steps)
+    scheduler, num_epochs = build_scheduler(args, optimizer, updates)
+    if scheduler is not None and start_epoch:
+        step = scheduler.step_update if args.sched_on_updates else scheduler.step
+        step(start_epoch * updates if args.sched_on_updates else start_epoch)
+    saver = open_run(args, command, model, task, optimizer, precision, data_config, checkpoint, start_epoch)
+    if args.primary:
+        log_plan(args, model, data, data_config, start_epoch, num_epochs)
+    metrics = fit(args, task, data, optimizer, precision, scheduler, saver, start_epoch, num_epochs)
+    if args.primary and metrics:
+        print(f"\n{args.model} after {num_epochs} epochs, {args.run_dir}")
+        print(closing_table(model, metrics, data_config['input_size']))
+    return metrics
+
+
+def prepare_task(args: Namespace, task: TrainingTask) -> None:
+    """Compile before DDP, as timm does."""
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if task.has_ema() and not args.model_ema_force_cpu:
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        task.prepare_distributed(
+            device_ids=[torch.device(args.device)] if args.device.startswith('cuda') else None,
+            broadcast_buffers=not args.no_ddp_bb)
+
+
+def open_run(
+        args: Namespace,
+        command: Dict[str, Any],
+        model: TimmModel,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        data_config: Dict[str, Any],
+        checkpoint: Optional[str],
+        start_epoch: int,
+) -> Optional[CheckpointSaver]:
+    """Make the run's folder with args.yaml in it, and the checkpoint saver; on the first process only."""
+    args.run_dir = None
+    if not args.primary:
+        return None
+    name = args.experiment or '-'.join([
+        datetime.now().strftime('%Y%m%d-%H%M%S'), timm.models.safe_model_name(args.model),
+        str(data_config['input_size'][-1])])
+    args.run_dir = get_outdir(args.output or './output/train', name)
+    with open(os.path.join(args.run_dir, 'args.yaml'), 'w', encoding='utf-8') as file:
+        yaml.safe_dump(command, file, sort_keys=False)
+    saved_args = Namespace(**command)  # what the command said; devices and dtypes are this machine's matter
+    saver = CheckpointSaver(
+        model, optimizer, args=saved_args, amp_scaler=precision.scaler, checkpoint_dir=args.run_dir,
+        recovery_dir=args.run_dir, decreasing='loss' in args.eval_metric, max_history=args.checkpoint_hist, task=task)
+    if args.resume == 'auto' and checkpoint:
+        saver.load_state_dict_from_checkpoint(checkpoint)
+    trim_summary(os.path.join(args.run_dir, 'summary.csv'), start_epoch)
+    if args.log_wandb:
+        start_wandb(args, command)
+    return saver
+
+
+def start_wandb(args: Namespace, command: Dict[str, Any]) -> None:
+    """Open a Weights & Biases run."""
+    try:
+        import wandb
+    except ImportError:
+        raise TrainingError('--log-wandb needs the package: pip install wandb') from None
+    resuming = dict(resume='must', id=args.wandb_resume_id) if args.wandb_resume_id else {}
+    wandb.init(
+        project=args.wandb_project, name=args.experiment or None, config=command, tags=args.wandb_tags, **resuming)
+
+
+def log_plan(
+        args: Namespace, model: TimmModel, data: Data, data_config: Dict[str, Any], start_epoch: int, num_epochs: int,
+) -> None:
+    """Say once what is about to happen."""
+    size = 'x'.join(map(str, data_config['input_size']))
+    params = sum(p.numel() for p in model.parameters()) / 1e6
+    _logger.info(f'{args.model}: {params:.2f} M parameters, input {size}, {model.num_classes} classes, '
+                 f'on {args.device}')
+    for number, info in enumerate(getattr(model, 'exit_info', list)(), start=1):
+        _logger.info(f'  exit{number} behind {info.module} ({info.channels} channels, 1/{info.reduction} of the size), '
+                     f'{info.parameters / 1e6:.2f} M parameters')
+    images = f'{len(data.train.dataset)} training'
+    images += f', {len(data.validation.dataset)} validation images' if data.validation else ' images, no validation'
+    _logger.info(f'{images}; epochs {start_epoch + 1} to {num_epochs}; writing to {args.run_dir}')
+
+
+def fit(
+        args: Namespace,
+        task: TrainingTask,
+        data: Data,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        scheduler: Optional[Any],
+        saver: Optional[CheckpointSaver],
+        start_epoch: int,
+        num_epochs: int,
+) -> Dict[str, float]:
+    """The loop over epochs; returns the metrics of the last evaluation."""
+    metrics: Dict[str, float] = {}
+    columns: Dict[str, Any] = {}
+    for epoch in range(start_epoch, num_epochs):
+        train_metrics = train_one_epoch(epoch, task, data, optimizer, args, precision, scheduler, saver)
+        if args.distributed and args.dist_bn:
+            distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+        lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+        evaluated = data.validation is not None and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs)
+        use_ema = task.has_ema() and not args.model_ema_force_cpu
+        if evaluated:
+            metrics = evaluate_epoch(args, task, data, precision, use_ema)
+            columns = dict.fromkeys(metrics, '')
+        if saver is not None:
+            current = metrics if evaluated else {}
+            _logger.info(epoch_lines(epoch, num_epochs, train_metrics, current, lr, ema=use_ema))
+            if skipped := data.take_skipped():
+                _logger.warning(f'{skipped} unreadable images were replaced by their neighbours in this epoch.')
+            update_summary(
+                epoch, train_metrics, current or columns, os.path.join(args.run_dir, 'summary.csv'), lr=lr,
+                log_wandb=args.log_wandb)
+            saver.save_checkpoint(epoch, metric=ranking_metric(args, current))
+        if scheduler is not None:
+            scheduler.step(epoch + 1, metrics.get(args.eval_metric))
+    return metrics
+
+
+def evaluate_epoch(
+        args: Namespace, task: TrainingTask, data: Data, precision: Precision, use_ema: bool,
+) -> Dict[str, float]:
+    """Metrics of the weights, or of their moving average where the run keeps one."""
+    if use_ema:
+        if args.distributed and args.dist_bn:
+            distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
+        return evaluate(task.get_eval_model(ema=True), task, data.validation, args, precision, 'test (EMA)')
+    return evaluate(task.get_eval_model(), task, data.validation, args, precision)
+
+
+def ranking_metric(args: Namespace, metrics: Dict[str, float]) -> Optional[float]:
+    """The metric that ranks checkpoints; None where nothing was evaluated."""
+    if not metrics:
+        return None
+    if args.eval_metric not in metrics:
+        raise TrainingError(f"--eval-metric '{args.eval_metric}' is not measured; choose from {', '.join(metrics)}.")
+    return metrics[args.eval_metric]
+
+
+if __name__ == '__main__':
+    main()
