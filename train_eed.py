@@ -71,6 +71,9 @@ def run(args: Namespace) -> Dict[str, float]:
     if scheduler is not None and start_epoch:
         step = scheduler.step_update if args.sched_on_updates else scheduler.step
         step(start_epoch * updates if args.sched_on_updates else start_epoch)
+    if start_epoch >= num_epochs:
+        _logger.info(f'The run is complete, there is nothing left to do ({start_epoch} of {num_epochs} epochs).')
+        return {}
     saver = open_run(args, command, model, task, optimizer, precision, data_config, checkpoint, start_epoch)
     if args.primary:
         log_plan(args, model, data, data_config, start_epoch, num_epochs)
@@ -166,7 +169,7 @@ def fit(
 ) -> Dict[str, float]:
     """The loop over epochs; returns the metrics of the last evaluation."""
     metrics: Dict[str, float] = {}
-    columns: Dict[str, Any] = {}
+    not_evaluated = dict.fromkeys(task.create_evaluator().metric_names, '') if data.validation else {}
     for epoch in range(start_epoch, num_epochs):
         train_metrics = train_one_epoch(epoch, task, data, optimizer, args, precision, scheduler, saver)
         if args.distributed and args.dist_bn:
@@ -176,14 +179,13 @@ def fit(
         use_ema = task.has_ema() and not args.model_ema_force_cpu
         if evaluated:
             metrics = evaluate_epoch(args, task, data, precision, use_ema)
-            columns = dict.fromkeys(metrics, '')
         if saver is not None:
             current = metrics if evaluated else {}
             _logger.info(epoch_lines(epoch, num_epochs, train_metrics, current, lr, ema=use_ema))
             if skipped := data.take_skipped():
                 _logger.warning(f'{skipped} unreadable images were replaced by their neighbours in this epoch.')
             update_summary(
-                epoch, train_metrics, current or columns, os.path.join(args.run_dir, 'summary.csv'), lr=lr,
+                epoch, train_metrics, current or not_evaluated, os.path.join(args.run_dir, 'summary.csv'), lr=lr,
                 log_wandb=args.log_wandb)
             saver.save_checkpoint(epoch, metric=ranking_metric(args, current))
         if scheduler is not None:

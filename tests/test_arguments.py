@@ -1,6 +1,7 @@
 """The command line and the YAML files beside it."""
 import argparse
 import logging
+import re
 
 import pytest
 import yaml
@@ -48,7 +49,6 @@ def test_unknown_key_warns_with_the_nearest_flag(tmp_path, caplog):
 def test_wrong_yaml_values_end_with_a_message(tmp_path, capsys, content, message):
     with pytest.raises(SystemExit):
         parse_args(['-c', write(tmp_path, **content)])
-    import re
     assert re.search(message, capsys.readouterr().err)
 
 

@@ -208,7 +208,7 @@ def test_bad_settings(kwargs, message):
 @pytest.mark.parametrize('teacher', [[4], [-5], [0, 0], [1, -3]])
 def test_teacher_out_of_range(teacher):
     logits, _, target = make_inputs()
-    with pytest.raises(ValueError, match='different indices of the 4 classifiers: 0..2 are the exits, 3'):
+    with pytest.raises(ValueError, match=r'different indices of the 4 classifiers: 0..2 are the exits, 3'):
         ExitEnsembleDistillationLoss(teacher=teacher)(logits, None, target)
 
 

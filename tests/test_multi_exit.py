@@ -158,7 +158,7 @@ def test_bad_places(exit_indices, message):
 
 
 def test_refusals_name_the_fix():
-    with pytest.raises(ValueError, match='did you mean .*resnet50'):
+    with pytest.raises(ValueError, match=r'did you mean .*resnet50'):
         timm_eed.create_model('resnet5O')
     with pytest.raises(ValueError, match='create it with num_classes > 0'):
         timm_eed.create_model('test_resnet', num_classes=0)

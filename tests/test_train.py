@@ -1,5 +1,7 @@
 """train_eed.py on small real images, from the command line down."""
+import argparse
 import csv
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,9 +21,11 @@ SMALL = '--model test_resnet --img-size 32 -b 12 -j 0 --epochs 2 --warmup-epochs
 
 
 @pytest.fixture
-def train(image_folder, tmp_path, monkeypatch):
+def train(image_folder, tmp_path, monkeypatch, caplog):
     """Run the script on the image folder; gives the folder of the run."""
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(train_eed, 'setup_default_logging', lambda: None)  # adds a handler at every call
 
     def run(*flags, experiment='run', data=True):
         data_flags = ['--data', str(image_folder), '--num-classes', '3'] if data else []
@@ -35,12 +39,7 @@ def rows_of(folder: Path):
         return list(csv.DictReader(file))
 
 
-def weights_of(path: Path, key='state_dict'):
-    return torch.load(path, weights_only=True, map_location='cpu') if key is None else load(path)[key]
-
-
 def load(path: Path):
-    import argparse
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, weights_only=True, map_location='cpu')
 
@@ -89,7 +88,7 @@ def test_without_exits_it_is_plain_timm(train):
         dataset, config['input_size'], 12, is_training=True, no_aug=True, num_workers=0, mean=config['mean'],
         std=config['std'], interpolation=config['interpolation'], device=torch.device('cpu'))
     optimizer = timm.optim.create_optimizer_v2(model, 'sgd', lr=.01, momentum=.9, weight_decay=2e-5)
-    for epoch in range(2):
+    for _ in range(2):
         model.train()
         for x, y in loader:
             optimizer.zero_grad()
@@ -114,15 +113,17 @@ def test_everything_at_once_and_resumed(train):
     assert [row['epoch'] for row in rows_of(folder)] == ['0', '1']
     resumed, straight = load(folder / 'last.pth.tar'), load(whole / 'last.pth.tar')
     assert resumed['epoch'] == straight['epoch'] == 1
-    assert resumed['optimizer']['state'][0]['step'] == straight['optimizer']['state'][0]['step'] == 4  # 3 batches: 2 steps
+    # 3 batches per epoch make 2 steps: a pair and a remainder
+    assert resumed['optimizer']['state'][0]['step'] == straight['optimizer']['state'][0]['step'] == 4
     assert set(resumed['state_dict_ema']) == set(resumed['state_dict'])
     assert rows_of(folder)[0]['train_loss'] == rows_of(whole)[0]['train_loss']
 
 
-def test_resume_continues_the_weights(train):
+def test_resume_continues_the_weights(train, caplog):
     folder = train('--epochs', '1', '--sched', 'none')
     first = load(folder / 'last.pth.tar')
-    train('--epochs', '1', '--sched', 'none', '--resume', 'auto')  # complete: nothing left to do
+    train('--epochs', '1', '--sched', 'none', '--resume', 'auto')
+    assert 'is complete, there is nothing left to do' in caplog.text
     again = load(folder / 'last.pth.tar')
     assert all(torch.equal(v, again['state_dict'][k]) for k, v in first['state_dict'].items())
     other = train('--epochs', '2', '--lr', '0', '--sched', 'none', '--resume', str(folder / 'last.pth.tar'),
@@ -145,7 +146,7 @@ def test_initial_checkpoint_of_a_plain_and_of_a_multi_exit_model(train):
 
 @pytest.mark.parametrize('flags', [
     '--eed-method kd --eed-output-loss mse', '--eed-method ce', '--eed-teacher exit1+main', '--bce-loss --cutmix 1',
-    '--loss poly', '--jsd-loss --aug-splits 3 --aa rand-m3-mstd0.5', '--freeze-backbone', '--exit-type linear',
+    '--loss poly', '--jsd-loss --aug-splits 3 --aa rand-m9-mstd0.5', '--freeze-backbone', '--exit-type linear',
     '--exit-indices 1 -2', '--no-prefetcher --mixup .2 --channels-last', '--clip-grad .1 --clip-mode agc',
     '--sched multistep --decay-milestones 1', '--sched-on-updates --warmup-epochs 1', '--model-dtype bfloat16',
     '--torchcompile aot_eager', '--val-split= --val-interval 2', '--recovery-interval 1 --log-interval 1',
@@ -158,8 +159,8 @@ def test_flag_combinations_run(train, flags):
 
 def test_evaluation_skipped_between_intervals_keeps_the_columns(train):
     rows = rows_of(train('--epochs', '3', '--val-interval', '2'))
-    assert [bool(row['eval_top1']) for row in rows[1:]] == [True, True]
-    assert all(row['lr'] for row in rows[1:])
+    assert [bool(row['eval_top1_ensemble']) for row in rows] == [False, True, True]  # the last epoch always counts
+    assert all(row['lr'] for row in rows)
 
 
 def fails(train, capsys, *flags, **kwargs):
@@ -228,7 +229,8 @@ def test_checkpoints_that_would_run_code_are_refused(train, capsys, tmp_path):
 def test_nan_loss_stops_with_step_and_terms(train, capsys):
     folder = train('--epochs', '1')
     before = (folder / 'last.pth.tar').read_bytes()
-    message = fails(train, capsys, '--epochs', '3', '--lr', '1e30', '--sched', 'none', '--resume', 'auto')
+    message = fails(train, capsys, '--epochs', '3', '--lr', '1e30', '--sched', 'none', '--resume', 'auto',
+                    '--no-resume-opt')
     assert 'The loss is not finite at epoch 1, step' in message and 'task_loss' in message and '--lr' in message
     assert (folder / 'last.pth.tar').read_bytes() == before
 

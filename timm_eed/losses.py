@@ -7,7 +7,8 @@ shallow to deep, the last is the main network; y is the target.
     (4)  (2) + sum_{i=1..k-1} [ alpha l_z(Z_i, Z_k) + beta l_f(F_i, F_k) ]
     (8)  (2) + sum_{i=1..k}   [ alpha l_z(Z_i, G_z) + beta l_f(F_i, G_f) ],  G = mean of the teacher's members
 """
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -136,7 +137,7 @@ class ExitEnsembleDistillationLoss(nn.Module):
         if (self.alpha or self.beta) and len(logits) < 2:
             raise ValueError('Distillation needs at least one exit beside the main network; attach exits, '
                              'or set alpha=0 and beta=0.')
-        with torch.autocast(logits[0].device.type, enabled=False):
+        with _no_autocast(logits[0].device.type):
             logits = [_full_precision(z) for z in logits]
             task_loss = _sum([self.task_loss(z, target) for z in logits])
             off = task_loss.new_zeros(())
@@ -172,6 +173,12 @@ class ExitEnsembleDistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         return (f'alpha={self.alpha}, beta={self.beta}, output_loss={self.output_loss}, '
                 f'temperature={self.temperature}, teacher={self.teacher}')
+
+
+def _no_autocast(device_type: str) -> ContextManager[Any]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # meta and the like
 
 
 def _full_precision(x: torch.Tensor) -> torch.Tensor:
