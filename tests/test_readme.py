@@ -1,0 +1,30 @@
+"""The README does what it says: its snippet prints what it shows, its flags exist."""
+import contextlib
+import io
+import re
+from pathlib import Path
+
+from timm_eed.training.arguments import build_parser
+
+README = (Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
+
+
+def test_snippets_print_what_is_shown():
+    pairs = re.findall(r'```python\n(.*?)```\n\n```\n(.*?)```', README, flags=re.DOTALL)
+    assert len(pairs) == README.count('```python')
+    for code, shown in pairs:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, 'README.md', 'exec'), {})
+        assert printed.getvalue() == shown
+
+
+def test_flags_named_exist():
+    flags = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', README)) - {'--nproc_per_node', '--nproc'}
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert flags <= known
+
+
+def test_files_named_exist():
+    for path in re.findall(r'^([\w./]+\.py|[\w./]+/) {2,}', README, flags=re.MULTILINE):
+        assert (Path(__file__).parent.parent / path).exists(), path
