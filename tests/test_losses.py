@@ -118,7 +118,7 @@ def test_golden_numbers_move_with_their_term(method, output_loss):
         weights = {'alpha': 1., 'beta': 1., off: 0.}
         less = create_multi_exit_loss(method=method, output_loss=output_loss, **weights)(logits, features, target)
         assert less[name] == 0
-        assert terms['loss'] - less['loss'] == pytest.approx(terms[name].item(), abs=1e-9)
+        assert (terms['loss'] - less['loss']).item() == pytest.approx(terms[name].item(), abs=1e-9)
 
 
 @pytest.mark.parametrize('kwargs', [

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .build import Precision
 from .data import Data
 from .errors import TrainingError
+from .report import format_rate
 
 __all__ = ['LossTerms', 'evaluate', 'train_one_epoch', 'updates_per_epoch']
 
@@ -229,4 +230,4 @@ def _log_step(
     lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
     width = len(str(num_batches))
     _logger.info(
-        f'epoch {epoch}  step {step + 1:>{width}}/{num_batches}  {losses}  lr {lr:.3g}  {rate:,.0f} images/s')
+        f'epoch {epoch}  step {step + 1:>{width}}/{num_batches}  {losses}  lr {lr:.3g}  {format_rate(rate)}')

@@ -6,7 +6,7 @@ import torch.nn as nn
 from ..multi_exit import MultiExitWrapper
 from ..profiling import ensemble_gmacs, profile
 
-__all__ = ['closing_table', 'epoch_lines']
+__all__ = ['closing_table', 'epoch_lines', 'format_rate']
 
 
 def epoch_lines(
@@ -20,7 +20,7 @@ def epoch_lines(
     """An epoch in a few lines: loss terms, then accuracy (%) of each exit, the main network and the ensemble."""
     losses = '  '.join(f'{name} {value:.4f}' for name, value in train.items()
                        if name.endswith('loss') and (value or name == 'loss'))  # a term that is off stays out
-    lines = [f"Epoch {epoch + 1}/{num_epochs}  {losses}  lr {lr:.3g}  {train['images_per_second']:,.0f} images/s"]
+    lines = [f"Epoch {epoch + 1}/{num_epochs}  {losses}  lr {lr:.3g}  {format_rate(train['images_per_second'])}"]
     if validation:
         suffix = '  (moving average)' if ema else ''
         lines += [
@@ -28,6 +28,11 @@ def epoch_lines(
             for name, top1, top5 in accuracies(validation)
         ]
     return '\n'.join(lines)
+
+
+def format_rate(images_per_second: float) -> str:
+    """Images per second, with a decimal where there are few."""
+    return f'{images_per_second:,.{0 if images_per_second >= 10 else 1}f} images/s'
 
 
 def accuracies(metrics: Dict[str, float]) -> List[tuple]:
