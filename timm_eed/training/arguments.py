@@ -96,6 +96,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     """The parser, a group per topic; names, types, defaults and meanings are those of timm's train script."""
     parser = argparse.ArgumentParser(
+        usage='%(prog)s [DIR] [-c FILE] [--flag VALUE ...]',
         description='Train a timm model with exits by exit-ensemble distillation.',
         parents=[_config_parser()],
         formatter_class=_HelpFormatter,
@@ -111,11 +112,11 @@ def _exits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('Exits and exit-ensemble distillation').add_argument
     add('--eed-method', default='eed', choices=['eed', 'kd', 'ce', 'none'],
         help='loss over the exits: eed (8), kd (4, main network as teacher), ce (2); none: no exits, plain timm')
-    add('--eed-alpha', type=float, default=1., help='weight of the output distillation')
-    add('--eed-beta', type=float, default=0., help='weight of the feature distillation')
+    add('--eed-alpha', type=float, default=1., metavar='F', help='weight of the output distillation')
+    add('--eed-beta', type=float, default=0., metavar='F', help='weight of the feature distillation')
     add('--eed-output-loss', default='kl', choices=['kl', 'mse'], help='output distillation loss')
-    add('--eed-temperature', type=float, default=3., help='temperature of the KL')
-    add('--eed-teacher', default='ensemble', help='ensemble, main, or members as in exit1+exit3+main')
+    add('--eed-temperature', type=float, default=3., metavar='F', help='temperature of the KL')
+    add('--eed-teacher', default='ensemble', metavar='WHO', help='ensemble, main, or members as in exit1+exit3+main')
     add('--exit-indices', type=int, nargs='+', metavar='N',
         help='feature stages to put exits behind (timm out_indices); default: every stage boundary, at most three')
     add('--exit-type', default='conv', choices=EXIT_TYPES, help='kind of exit head')
@@ -142,7 +143,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
     add('--pin-mem', action='store_true', help='pin CPU memory for faster transfer to the GPU')
     add('--no-prefetcher', action='store_true', help='no fast prefetcher')
     add('--use-multi-epochs-loader', action='store_true', help='keep loader workers between epochs')
-    add('--worker-seeding', default='all', help='how loader workers are seeded: all or part')
+    add('--worker-seeding', default='all', choices=['all', 'part'], help='how loader workers are seeded')
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
