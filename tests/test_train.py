@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from timm.data import create_dataset, create_loader, resolve_data_config
 
 import train_eed
-from timm_eed.training.data import SkippingImageDataset
+from timm_eed.training.arguments import parse_args
+from timm_eed.training.build import setup_device
+from timm_eed.training.data import SkippingImageDataset, create_data
 from timm_eed.training.digits import Digits
 from timm_eed.training.engine import LossTerms
 from timm_eed.training.errors import TrainingError
@@ -76,8 +80,6 @@ def test_loss_terms_add_up_in_the_summary(train):
 
 def test_without_exits_it_is_plain_timm(train):
     """The same final weights as a loop of timm's pieces written here."""
-    import timm
-    from timm.data import create_dataset, create_loader, resolve_data_config
     folder = train('--eed-method', 'none', '--sched', 'none', '--no-aug', '--smoothing', '0', '--epochs', '2')
     args = yaml.safe_load((folder / 'args.yaml').read_text())
     timm.utils.random_seed(42, 0)
@@ -268,7 +270,6 @@ def test_only_unreadable_images_end_the_run(train, capsys, image_folder, workers
 
 
 def test_skipping_counts_over_worker_processes(image_folder):
-    from timm.data import create_dataset
     for i in range(3):
         (image_folder / f'train/class{i}/0.png').write_bytes(b'no image')
     dataset = SkippingImageDataset(create_dataset('', str(image_folder), split='train'))
@@ -276,6 +277,19 @@ def test_skipping_counts_over_worker_processes(image_folder):
     for _ in torch.utils.data.DataLoader(dataset, batch_size=6, num_workers=2):
         pass
     assert int(dataset.skipped) == 3
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_mixup_ends_at_its_epoch_in_worker_processes_too(image_folder, workers):
+    args = parse_args([*SMALL, '--data', str(image_folder), '-j', workers, '--mixup', '1', '--mixup-off-epoch', '1'])
+    device = setup_device(args)
+    data = create_data(args, resolve_data_config(vars(args), model=timm.create_model('test_resnet')), 3, device)
+    mixed = []
+    for epoch in (0, 1):
+        data.set_epoch(epoch, args.mixup_off_epoch)
+        targets = torch.cat([y for _, y in data.train])
+        mixed.append(int((targets.max(-1).values < 1 - .1 + .1 / 3 - 1e-6).sum()))  # one-hot but for smoothing
+    assert mixed[0] > 0 and mixed[1] == 0
 
 
 def test_digits_are_the_published_ones():

@@ -103,9 +103,9 @@ def _check_fits(saved: Optional[argparse.Namespace], args: argparse.Namespace, p
     differences = []
     for name in ('model', 'eed_method', 'exit_type', 'exit_indices', 'num_classes'):
         was, now = getattr(saved, name, None), getattr(args, name)
-        if name == 'eed_method':  # losses may change, having exits or not may not
-            was, now = ('none' if was == 'none' else 'eed' if was else None), 'none' if now == 'none' else 'eed'
-        if saved is not None and hasattr(saved, name) and was != now:
+        if name == 'eed_method' and 'none' not in (was, now):
+            continue  # losses may change, having exits or not may not
+        if was is not None and now is not None and was != now:
             differences.append(f"--{name.replace('_', '-')} was {was} and is {now}")
     if differences:
         raise TrainingError(

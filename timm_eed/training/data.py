@@ -195,6 +195,7 @@ def _training_transforms(args: argparse.Namespace, data_config: Dict[str, Any]) 
         num_aug_splits=args.aug_splits,
         interpolation=interpolation,
         use_multi_epochs_loader=args.use_multi_epochs_loader,
+        persistent_workers=not args.mixup_off_epoch,  # workers that live on would not hear of mixup's end
     )
 
 
