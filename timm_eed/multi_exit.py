@@ -142,7 +142,15 @@ class MultiExitWrapper(nn.Module):
         return self.backbone(x)
 
     def forward_exits(self, x: torch.Tensor) -> MultiExitOutput:
-        """Logits and features of all classifiers from one pass over images [B, C, H, W]."""
+        """Logits and features of all classifiers from one pass over images [B, C, H, W].
+
+        Raises:
+            ValueError: If the input is not a tensor of images (NaFlex models also take dictionaries of patches).
+        """
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(
+                f'forward_exits takes images as a tensor [B, C, H, W], not a {type(x).__name__}; NaFlex patch '
+                'dictionaries have no maps for the exits, pass images of one size instead.')
         x, maps = self.backbone.forward_intermediates(x, indices=self.exit_indices, output_fmt='NCHW')
         outputs = [exit_head(stage_map) for exit_head, stage_map in zip(self.exits, maps)]
         outputs.append(self._forward_main_head(x))
