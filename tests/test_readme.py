@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+from timm_eed.cli import main
 from timm_eed.training.arguments import build_parser
 
 README = (Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
@@ -20,7 +21,7 @@ def test_snippets_print_what_is_shown():
 
 
 def test_flags_named_exist():
-    flags = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', README)) - {'--nproc_per_node', '--nproc'}
+    flags = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', README)) - {'--nproc_per_node'}
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert flags <= known
 
@@ -28,3 +29,9 @@ def test_flags_named_exist():
 def test_files_named_exist():
     for path in re.findall(r'^([\w./]+\.py|[\w./]+/) {2,}', README, flags=re.MULTILINE):
         assert (Path(__file__).parent.parent / path).exists(), path
+
+
+def test_the_exit_table_is_what_the_command_prints(capsys):
+    shown = re.search(r'```bash\ntimm-eed (.*?)\n```\n\n```\n(.*?)```', README, flags=re.DOTALL)
+    main(shown[1].split())
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown[2].splitlines()

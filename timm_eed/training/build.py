@@ -1,6 +1,7 @@
 """What a run is made of, from parsed arguments: device, model, task, optimizer, schedule."""
 import argparse
 import logging
+import os
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, Optional, Tuple
 
@@ -30,12 +31,19 @@ _logger = logging.getLogger(__name__)
 
 
 def setup_device(args: argparse.Namespace) -> torch.device:
-    """Choose the device, join the process group, seed; adds distributed, rank, world_size, primary to `args`."""
+    """Choose the device, join the process group, seed; adds distributed, rank, world_size, primary to `args`.
+
+    On the CPU, compute leaves cores to the loader's processes (at most half); OMP_NUM_THREADS decides otherwise.
+    """
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         _logger.warning('No GPU is available, training on the CPU (--device cpu says so without this warning).')
         args.device = 'cpu'
     device = init_distributed_device(args)
     args.primary = args.rank == 0
+    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        # compute threads that share cores with the loader's processes wait for each other, at a tenth of the speed
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(max(cores - args.workers, cores // 2, 1))
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True
