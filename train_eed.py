@@ -53,9 +53,10 @@ def run(args: Namespace) -> Dict[str, float]:
     device = setup_device(args)
     checkpoint = resume_path(args)
     model = build_model(args, device)
-    data_config = resolve_data_config(vars(args), model=model)
+    data_config = input_config(args, model)
     data = create_data(args, data_config, model.num_classes, device)
     task = build_task(args, model, device)
+    check_metric(args, task)
     optimizer = build_optimizer(args, model)
     precision = Precision(args, device)
     if args.model_ema:
@@ -82,6 +83,14 @@ def run(args: Namespace) -> Dict[str, float]:
         print(f"\n{args.model} after {num_epochs} epochs, {args.run_dir}")
         print(closing_table(model, metrics, data_config['input_size']))
     return metrics
+
+
+def input_config(args: Namespace, model: TimmModel) -> Dict[str, Any]:
+    """Input size, normalisation, crop and interpolation, from the flags over the model's own."""
+    try:
+        return resolve_data_config(vars(args), model=model)
+    except AssertionError as error:
+        raise TrainingError('--mean and --std take one value, or one per input channel.') from error
 
 
 def prepare_task(args: Namespace, task: TrainingTask) -> None:
@@ -121,6 +130,8 @@ def open_run(
     saver = CheckpointSaver(
         model, optimizer, args=saved_args, amp_scaler=precision.scaler, checkpoint_dir=args.run_dir,
         recovery_dir=args.run_dir, decreasing='loss' in args.eval_metric, max_history=args.checkpoint_hist, task=task)
+    if not checkpoint and os.path.exists(os.path.join(args.run_dir, 'last.pth.tar')):
+        _logger.warning(f"'{args.run_dir}' holds a run, which this one overwrites (--resume auto continues it).")
     if args.resume == 'auto' and checkpoint:
         saver.load_state_dict_from_checkpoint(checkpoint)
     trim_summary(os.path.join(args.run_dir, 'summary.csv'), start_epoch)
@@ -151,6 +162,8 @@ def log_plan(
     for number, info in enumerate(getattr(model, 'exit_info', list)(), start=1):
         _logger.info(f'  exit{number} behind {info.module} ({info.channels} channels, 1/{info.reduction} of the size), '
                      f'{info.parameters / 1e6:.2f} M parameters')
+    if args.warmup_epochs >= num_epochs and args.sched != 'none':
+        _logger.warning(f'All {num_epochs} epochs are warm-up (--warmup-epochs {args.warmup_epochs}).')
     images = f'{len(data.train.dataset)} training'
     images += f', {len(data.validation.dataset)} validation images' if data.validation else ' images, no validation'
     _logger.info(f'{images}; epochs {start_epoch + 1} to {num_epochs}; writing to {args.run_dir}')
@@ -187,9 +200,9 @@ def fit(
             update_summary(
                 epoch, train_metrics, current or not_evaluated, os.path.join(args.run_dir, 'summary.csv'), lr=lr,
                 log_wandb=args.log_wandb)
-            saver.save_checkpoint(epoch, metric=ranking_metric(args, current))
+            saver.save_checkpoint(epoch, metric=current.get(args.eval_metric))
         if scheduler is not None:
-            scheduler.step(epoch + 1, metrics.get(args.eval_metric))
+            scheduler.step(epoch + 1, metrics.get(args.eval_metric) if evaluated else None)
     return metrics
 
 
@@ -204,13 +217,11 @@ def evaluate_epoch(
     return evaluate(task.get_eval_model(), task, data.validation, args, precision)
 
 
-def ranking_metric(args: Namespace, metrics: Dict[str, float]) -> Optional[float]:
-    """The metric that ranks checkpoints; None where nothing was evaluated."""
-    if not metrics:
-        return None
-    if args.eval_metric not in metrics:
-        raise TrainingError(f"--eval-metric '{args.eval_metric}' is not measured; choose from {', '.join(metrics)}.")
-    return metrics[args.eval_metric]
+def check_metric(args: Namespace, task: TrainingTask) -> None:
+    """End now what would end after the first epoch."""
+    names = task.create_evaluator().metric_names
+    if args.eval_metric not in names:
+        raise TrainingError(f"--eval-metric '{args.eval_metric}' is not measured; choose from {', '.join(names)}.")
 
 
 if __name__ == '__main__':

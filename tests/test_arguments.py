@@ -23,11 +23,12 @@ def test_the_documented_command():
 
 def test_yaml_below_the_command_line_above_the_defaults(tmp_path):
     path = write(tmp_path, **{'lr': '3e-4', 'eed-beta': 1, 'epochs': 7, 'scale': [.5, 1], 'mean': .5, 'amp': True,
-                              'data': 'folder', 'model_kwargs': {'drop': .1}, 'mixup_prob': None})
+                              'data': 'folder', 'model_kwargs': {'drop': .1}, 'clip_grad': None})
     args = parse_args(['-c', path, '--epochs', '9'])
     assert (args.lr, args.eed_beta, args.epochs, args.scale, args.mean) == (3e-4, 1., 9, [.5, 1.], [.5])
     assert args.amp is True and args.data_dir == 'folder' and args.model_kwargs == {'drop': .1}
     assert args.batch_size == 128
+    assert parse_args(['other', '-c', path]).data_dir == 'other'
 
 
 def test_unknown_key_warns_with_the_nearest_flag(tmp_path, caplog):
@@ -39,6 +40,7 @@ def test_unknown_key_warns_with_the_nearest_flag(tmp_path, caplog):
 @pytest.mark.parametrize('content, message', [
     (dict(epochs='many'), "epochs: must be int, not 'many'"),
     (dict(epochs=1.5), 'epochs: must be a whole number, not 1.5'),
+    (dict(epochs=None), r'epochs: must have a value \(the default is 300\)'),
     (dict(epochs=True), 'epochs: must be one int, not True'),
     (dict(amp='yes'), "amp: must be true or false, not 'yes'"),
     (dict(lr=[.1, .2]), 'lr: must be one float'),
@@ -69,12 +71,16 @@ def test_unreadable_yaml(tmp_path, capsys, text, message):
     ('--eed-alpha -1', 'alpha=-1.0 must be a finite number of at least 0'),
     ('--eed-temperature 0', 'temperature=0.0 must be greater than 0'),
     ('--eed-teacher exit0', "teacher 'exit0' is not known; say ensemble, main, or members as in exit1+exit3+main"),
-    ('--eed-method kd --eed-teacher exit1', "--eed-teacher goes with --eed-method eed; 'kd' has its teacher fixed"),
+    ('--eed-method kd --eed-teacher exit1', '--eed-teacher goes with --eed-method eed, not with kd'),
     ('--eed-method none --freeze-backbone', 'drop one of them'),
     ('--resume auto', '--resume auto needs --experiment'),
     ('--jsd-loss', 'add --aug-splits 3'),
     ('--batch-size 0', '--batch-size must be at least 1, not 0'),
     ('--amp --model-dtype bfloat16', 'drop --amp or --model-dtype'),
+    ('--scale .5', '--scale takes two numbers, least and greatest, not 1'),
+    ('--workers -1', '--workers must be at least 0'),
+    ('-vb 0', '--validation-batch-size must be at least 1, not 0'),
+    ('--pretrained --pretrained-path nowhere', 'the file must exist'),
 ])
 def test_flags_that_cannot_work_end_at_parsing(capsys, flags, message):
     with pytest.raises(SystemExit):

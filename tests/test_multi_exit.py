@@ -150,6 +150,8 @@ def test_places_by_index():
     ([-1], 'exit index -1 is the last stage'),
     ([1, -4], 'names stage 1 .* twice'),
     ([], 'exit_indices is empty'),
+    ('1', 'must be whole numbers'),
+    ([1.], 'must be whole numbers'),
     (5, 'choose 1..4'),
 ])
 def test_bad_places(exit_indices, message):
@@ -218,6 +220,30 @@ def test_reset_classifier(name):
     x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
     assert model.num_classes == 11
     assert {tuple(z.shape) for z in model.forward_exits(x).logits} == {(2, 11)}
+
+
+def test_reset_classifier_with_a_wider_pooling():
+    model = timm_eed.create_model('test_resnet', num_classes=3)
+    model.reset_classifier(5, 'catavgmax')
+    out = model.forward_exits(torch.randn(2, 3, 64, 64))
+    assert {tuple(f.shape) for f in out.features} == {(2, model.head_hidden_size)} == {(2, 192)}
+    assert {tuple(z.shape) for z in out.logits} == {(2, 5)}
+
+
+def test_dropout_is_the_backbones_and_features_are_what_the_classifiers_see():
+    model = timm_eed.create_model('test_resnet', num_classes=3, drop_rate=.5).train()
+    assert [e.drop.p for e in model.exits] == [.5] * 3
+    out = model.forward_exits(torch.randn(8, 3, 64, 64))
+    heads = [e.fc for e in model.exits] + [model.get_classifier()]
+    for fc, feature, logits in zip(heads, out.features, out.logits):
+        assert .3 < (feature == 0).float().mean() < .7
+        assert torch.equal(fc(feature), logits)
+
+
+def test_parallel_branches_count_once():
+    model = timm_eed.wrap(timm.create_model('crossvit_9_240', num_classes=3))
+    gmacs = [row.gmacs for row in timm_eed.profile(model)]
+    assert [info.module for info in model.exit_info()] == ['blocks.0', 'blocks.1'] and gmacs == sorted(gmacs)
 
 
 def test_set_input_size():

@@ -21,7 +21,7 @@ def test_snippets_print_what_is_shown():
 
 
 def test_flags_named_exist():
-    flags = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', README)) - {'--nproc_per_node'}
+    flags = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', README)) - {'--nproc'}  # torchrun's
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert flags <= known
 

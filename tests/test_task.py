@@ -138,6 +138,13 @@ def test_evaluator_equals_numpy(max_samples):
     assert evaluator.summary() == metrics
 
 
+def test_evaluator_counts_exits_over_the_samples_that_had_them():
+    evaluator, target = MultiExitEvaluator(2), torch.arange(4)
+    evaluator.update(torch.eye(4), target)
+    evaluator.update([torch.eye(4), torch.eye(4)], target)
+    assert evaluator.compute()['top1_exit1'] == evaluator.compute()['top1_ensemble'] == 100.
+
+
 def test_evaluator_takes_plain_logits_as_timms_does():
     evaluator = MultiExitEvaluator(3)
     evaluator.update(torch.eye(4), torch.tensor([0, 1, 0, 0]))

@@ -195,7 +195,7 @@ def test_classes_that_disagree(train, capsys, image_folder):
 
 
 def test_batch_larger_than_the_data(train, capsys):
-    assert 'has 36 images, less than one batch of 64; lower --batch-size (-b) to 36' in fails(
+    assert 'has 36 images, 36 per process, less than one batch of 64; lower --batch-size (-b) to 36' in fails(
         train, capsys, '-b', '64')
 
 
@@ -204,6 +204,10 @@ def test_bad_models_and_checkpoints(train, capsys, tmp_path):
     assert 'exit index 9 is out of range' in fails(train, capsys, '--exit-indices', '9')
     assert 'indices of the 4 classifiers' in fails(train, capsys, '--eed-teacher', 'exit7')
     assert "not measured; choose from loss, top1" in fails(train, capsys, '--eval-metric', 'map')
+    assert "Cannot make the model 'test_resnet'" in fails(train, capsys, '--gp', 'nothing')
+    assert 'one per input channel' in fails(train, capsys, '--mean', '.5', '.5')
+    assert 'Cannot make the training loader' in fails(train, capsys, '--aa', 'nothing')
+    assert "Cannot use --device 'nothing'" in fails(train, capsys, '--device', 'nothing')
     assert "there is no checkpoint 'none.pth'" in fails(train, capsys, '--resume', 'none.pth')
     (tmp_path / 'junk.pth').write_bytes(b'junk')
     assert 'is no readable checkpoint' in fails(train, capsys, '--resume', 'junk.pth')
@@ -212,6 +216,8 @@ def test_bad_models_and_checkpoints(train, capsys, tmp_path):
     last = str(folder / 'last.pth.tar')
     message = fails(train, capsys, '--model', 'test_vit', '--resume', last, experiment='b')
     assert '--model was test_resnet and is test_vit' in message
+    message = fails(train, capsys, '--opt', 'adamw', '--resume', last, experiment='b')
+    assert '--opt was sgd and is adamw' in message and '--no-resume-opt' in message
     message = fails(train, capsys, '--eed-method', 'none', '--resume', last, experiment='b')
     assert '--eed-method was eed and is none' in message
     message = fails(train, capsys, '--model', 'test_convnext', '--initial-checkpoint', last, experiment='b')

@@ -56,12 +56,25 @@ def default_exit_indices(stage_infos: Sequence[StageInfo]) -> List[int]:
     three levels before the deepest one: every stage boundary but the stem and the last stage. Otherwise (ViTs and
     other models of equal blocks) they sit at 1/4, 1/2 and 3/4 of the depth.
     """
-    depth = len(stage_infos)
-    levels = [list(run) for _, run in groupby(range(depth), key=lambda i: stage_infos[i].reduction)]
+    indices = _distinct(stage_infos)
+    depth = len(indices)
+    levels = [list(run) for _, run in groupby(indices, key=lambda i: stage_infos[i].reduction)]
     if len(levels) >= 3:
         return [level[-1] for level in levels[:-1]][-3:]
     quarters = {max(depth * quarter // 4 - 1, 0) for quarter in (1, 2, 3)}
-    return sorted(i for i in quarters if i < depth - 1)
+    return sorted(indices[i] for i in quarters if i < depth - 1)
+
+
+def _distinct(stage_infos: Sequence[StageInfo]) -> List[int]:
+    """Indices of the stages, ending with the last one; of parallel branches, which share a module, the first alone."""
+    last = stage_infos[-1].module
+    seen, indices = {last} if last else set(), []
+    for index, stage in enumerate(stage_infos[:-1]):
+        if stage.module not in seen:
+            indices.append(index)
+        if stage.module:
+            seen.add(stage.module)
+    return indices + [len(stage_infos) - 1]
 
 
 def resolve_exit_indices(
@@ -93,6 +106,8 @@ def resolve_exit_indices(
                 f'{where}; choose 1..{depth - 1}, or pass a list of stage indices.')
         exit_indices = range(depth - 1 - exit_indices, depth - 1)
     resolved: List[int] = []
+    if isinstance(exit_indices, str) or not all(isinstance(i, int) for i in exit_indices):
+        raise ValueError(f'exit_indices={exit_indices!r} must be whole numbers, stage indices of {where}.')
     for index in exit_indices:
         absolute = index + depth if index < 0 else index
         if not 0 <= absolute < depth:
@@ -186,7 +201,7 @@ class ExitHead(nn.Module):
         widths: Output widths of the convolutions, the last is D (see `exit_widths`).
         num_classes: K; 0 leaves the fully connected layer out, as in timm.
         exit_type: One of EXIT_TYPES.
-        drop_rate: Dropout before the fully connected layer.
+        drop_rate: Dropout before the fully connected layer; F_i is what comes out of it, as in timm's own heads.
 
     Raises:
         ValueError: If the exit type is unknown.
@@ -238,5 +253,5 @@ class ExitHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, K] and feature [B, D] of a stage map [B, C, H, W]."""
-        feature = self.proj(self.steps(self.norm(x)).mean((2, 3)))
-        return self.fc(self.drop(feature)), feature
+        feature = self.drop(self.proj(self.steps(self.norm(x)).mean((2, 3))))
+        return self.fc(feature), feature

@@ -94,7 +94,8 @@ class ExitEnsembleDistillationLoss(nn.Module):
             if self.teacher not in ('ensemble', 'main'):
                 raise ValueError(
                     f"Unknown teacher '{self.teacher}', choose 'ensemble', 'main' or a list of classifier indices.")
-        elif not self.teacher or not all(isinstance(i, int) for i in self.teacher):
+        elif not isinstance(self.teacher, Sequence) or not self.teacher or not all(
+                isinstance(i, int) for i in self.teacher):
             raise ValueError(f'teacher={self.teacher} must name at least one classifier by its index (0 is exit1).')
 
     def teacher_indices(self, num_exits: int) -> List[int]:

@@ -48,7 +48,7 @@ class MultiExitWrapper(nn.Module):
         exit_indices: Stages to put exits behind: None for the default places, an int for the last n stages before
             the last one, or indices into `feature_info` as in timm's `out_indices`.
         exit_type: Kind of head, one of `timm_eed.EXIT_TYPES`.
-        exit_kwargs: Further arguments of `ExitHead` (`drop_rate`).
+        exit_kwargs: Further arguments of `ExitHead`: `drop_rate`, the backbone's own if not given.
 
     Raises:
         ValueError: If the backbone has no classifier, or an exit index or the exit type is wrong.
@@ -79,23 +79,27 @@ class MultiExitWrapper(nn.Module):
         self.exit_kwargs = exit_kwargs
         self.backbone: TimmModel = backbone
         self.backbone_frozen = False
-        parameter = next(backbone.parameters())
-        width = pre_logits_width(backbone)
+        self.exits: Any = self._make_exits()
+        self.training = backbone.training
+        self._single_head_pass = logits_are_classifier_output(backbone)
+
+    def _make_exits(self) -> nn.ModuleList:
+        """Fresh exits on the backbone's device, in its dtype and mode, with its dropout unless told otherwise."""
+        infos, width = stages(self.backbone), pre_logits_width(self.backbone)
+        parameter = next(self.backbone.parameters())
+        kwargs = {'drop_rate': getattr(self.backbone, 'drop_rate', 0.), **self.exit_kwargs}
         with torch.device(parameter.device):
-            self.exits: Any = nn.ModuleList(
+            exits = nn.ModuleList(
                 ExitHead(
                     infos[index].channels,
-                    exit_widths(backbone, index, width),
-                    backbone.num_classes,
-                    exit_type=exit_type,
-                    **exit_kwargs,
+                    exit_widths(self.backbone, index, width),
+                    self.backbone.num_classes,
+                    exit_type=self.exit_type,
+                    **kwargs,
                 )
                 for index in self.exit_indices
             )
-        self.exits.to(dtype=parameter.dtype)
-        self.exits.train(backbone.training)
-        self.training = backbone.training
-        self._single_head_pass = logits_are_classifier_output(backbone)
+        return exits.to(dtype=parameter.dtype).train(self.backbone.training)
 
     @property
     def num_exits(self) -> int:
@@ -180,11 +184,16 @@ class MultiExitWrapper(nn.Module):
         return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Fresh classifiers for `num_classes`, in the main network and in every exit."""
+        """Fresh classifiers for `num_classes`, in the main network and in every exit.
+
+        Where a new pooling changes the width of the feature, the exits are made anew.
+        """
         if global_pool is None:
             self.backbone.reset_classifier(num_classes)
         else:
             self.backbone.reset_classifier(num_classes, global_pool)
+        if num_classes and pre_logits_width(self.backbone) != self.head_hidden_size:
+            self.exits = self._make_exits()
         for exit_head in self.exits:
             exit_head.reset_classifier(num_classes)
         self._single_head_pass = logits_are_classifier_output(self.backbone)

@@ -33,7 +33,12 @@ def profile(model: MultiExitWrapper, input_size: Optional[Tuple[int, int, int]] 
     Args:
         model: A multi-exit model.
         input_size: Image size (C, H, W); the model's own when None.
+
+    Raises:
+        ValueError: If the model has no exits.
     """
+    if not isinstance(model, MultiExitWrapper):
+        raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
     twin, x = _twin_and_input(model, input_size)
     rows = []
     for number, (index, exit_head) in enumerate(zip(twin.exit_indices, twin.exits), start=1):

@@ -163,7 +163,7 @@ class MultiExitEvaluator(ClassificationEvaluator):
         """Forget everything seen so far."""
         super().reset()
         self.exit_counts = torch.zeros(len(self.names), 2, dtype=torch.int64, device=self.device)  # correct
-        self.has_exits = False
+        self.exit_samples = torch.zeros((), dtype=torch.int64, device=self.device)
 
     @torch.no_grad()
     def update(
@@ -187,7 +187,7 @@ class MultiExitEvaluator(ClassificationEvaluator):
         count = self.num_samples - before  # without the sampler's padding
         if not count:
             return
-        self.has_exits = True
+        self.exit_samples += count
         logits = [z[:count].float() for z in logits]
         logits[-1] = ensemble_mean(logits)  # the main network is counted by the base class
         for row, z in zip(self.exit_counts, logits):
@@ -199,25 +199,22 @@ class MultiExitEvaluator(ClassificationEvaluator):
             self,
             metrics: 'OrderedDict[str, float]',
             exit_counts: torch.Tensor,
-            count: int,
+            samples: int,
     ) -> 'OrderedDict[str, float]':
-        for name, (top1, top5) in zip(self.names, exit_counts.tolist()):
-            metrics[f'top1_{name}'] = 100 * top1 / max(count, 1)
-            metrics[f'top5_{name}'] = 100 * top5 / max(count, 1)
+        if samples:
+            for name, (top1, top5) in zip(self.names, exit_counts.tolist()):
+                metrics[f'top1_{name}'] = 100 * top1 / samples
+                metrics[f'top5_{name}'] = 100 * top5 / samples
         return metrics
 
     def summary(self) -> 'OrderedDict[str, float]':
         """Local running metrics for progress logging, without collectives."""
-        metrics = super().summary()
-        return self._add_exits(metrics, self.exit_counts, int(self.counts[0])) if self.has_exits else metrics
+        return self._add_exits(super().summary(), self.exit_counts, int(self.exit_samples))
 
     def compute(self, distributed: bool = False) -> 'OrderedDict[str, float]':
         """Metrics over everything seen, over all ranks if distributed."""
-        metrics = super().compute(distributed=distributed)
-        if not self.has_exits and not distributed:
-            return metrics
-        exit_counts, total = self.exit_counts.clone(), self.counts[0].clone()
+        exit_counts, samples = self.exit_counts.clone(), self.exit_samples.clone()
         if distributed:
             dist.all_reduce(exit_counts)
-            dist.all_reduce(total)
-        return self._add_exits(metrics, exit_counts, int(total))
+            dist.all_reduce(samples)
+        return self._add_exits(super().compute(distributed=distributed), exit_counts, int(samples))

@@ -1,5 +1,6 @@
 """Command line of train_eed.py: timm's flags under timm's names, and one group for exits."""
 import argparse
+import os
 from typing import List, Optional, Sequence, Union
 
 from timm.utils import ParseKwargs
@@ -21,7 +22,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if known.config:
         apply_config(parser, known.config)
     args = parser.parse_args(argv)
-    args.data_dir = args.data_dir or args.data
+    args.data_dir = args.data or args.data_dir  # the positional never comes from the file
     _check(parser, args)
     return args
 
@@ -42,12 +43,23 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.eed_method == 'none' and args.freeze_backbone:
         parser.error('--freeze-backbone trains the exits alone, and --eed-method none has no exits; drop one of them.')
     if args.eed_method != 'eed' and args.eed_teacher != 'ensemble':
-        parser.error(f"--eed-teacher goes with --eed-method eed; '{args.eed_method}' has its teacher fixed.")
+        parser.error(f'--eed-teacher goes with --eed-method eed, not with {args.eed_method}.')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the name of the run to continue.')
     for name in ('batch_size', 'grad_accum_steps', 'epochs', 'log_interval', 'val_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    for name in ('workers', 'seed'):
+        if getattr(args, name) < 0:
+            parser.error(f'--{name} must be at least 0, not {getattr(args, name)}.')
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        value = getattr(args, name)
+        if value is not None and len(value) != 2:
+            parser.error(f"--{name.replace('_', '-')} takes two numbers, least and greatest, not {len(value)}.")
+    if args.validation_batch_size is not None and args.validation_batch_size < 1:
+        parser.error(f'--validation-batch-size must be at least 1, not {args.validation_batch_size}.')
+    if args.pretrained_path and not (args.pretrained and os.path.isfile(args.pretrained_path)):
+        parser.error(f"--pretrained-path '{args.pretrained_path}' needs --pretrained, and the file must exist.")
     if args.bce_loss and args.jsd_loss:
         parser.error('--bce-loss and --jsd-loss are two losses; choose one.')
     if args.aug_splits == 1:
@@ -249,7 +261,7 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     add('--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation (distributed only)')
     add('--aug-splits', type=int, default=0, metavar='N', help='augmentation splits, 0 or at least 2')
     add('--reprob', type=float, default=0., metavar='P', help='random erasing')
-    add('--remode', default='pixel', metavar='MODE', help='random erasing mode')
+    add('--remode', default='pixel', choices=['pixel', 'rand', 'const'], help='random erasing mode')
     add('--recount', type=int, default=1, metavar='N', help='random erasing regions')
     add('--resplit', action='store_true', help='no random erasing in the first augmentation split')
     add('--mixup', type=float, default=0., metavar='F', help='mixup alpha')
@@ -260,7 +272,6 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what mixup draws for')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='epoch from which mixup is off; 0: never')
     add('--train-interpolation', default='random', metavar='NAME', help='training interpolation')
-    add('--tta', type=int, default=0, metavar='N', help='test time augmentation factor')
 
 
 def _regularization(parser: argparse.ArgumentParser) -> None:

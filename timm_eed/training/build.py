@@ -38,7 +38,10 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         _logger.warning('No GPU is available, training on the CPU (--device cpu says so without this warning).')
         args.device = 'cpu'
-    device = init_distributed_device(args)
+    try:
+        device = init_distributed_device(args)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"Cannot use --device '{args.device}': {error}") from error
     args.primary = args.rank == 0
     if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
         # compute threads that share cores with the loader's processes wait for each other, at a tenth of the speed
@@ -91,8 +94,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
         check_model_name(args.model)
         model: TimmModel = timm.create_model(pretrained=args.pretrained, **_model_kwargs(args))
         if args.eed_method != 'none':
-            model = wrap(model, args.exit_indices, args.exit_type, drop_rate=args.drop)
-    except (ValueError, RuntimeError, TypeError) as error:
+            model = wrap(model, args.exit_indices, args.exit_type)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise TrainingError(f"Cannot make the model '{args.model}': {error}") from error
     if args.initial_checkpoint:
         load_initial_checkpoint(model, args.initial_checkpoint)
@@ -133,16 +136,16 @@ def _model_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _init_heads(args: argparse.Namespace, model: TimmModel) -> None:
-    classifiers = [model.get_classifier()]
+    classifier = model.get_classifier()  # some models have two
+    heads = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
     if isinstance(model, MultiExitWrapper):
-        classifiers += [exit_head.fc for exit_head in model.exits]
+        heads += [exit_head.fc for exit_head in model.exits]
     with torch.no_grad():
-        for classifier in classifiers:
+        for name, parameter in (item for head in heads for item in head.named_parameters()):
             if args.head_init_scale is not None:
-                classifier.weight.mul_(args.head_init_scale)
-                classifier.bias.mul_(args.head_init_scale)
-            if args.head_init_bias is not None:
-                nn.init.constant_(classifier.bias, args.head_init_bias)
+                parameter.mul_(args.head_init_scale)
+            if args.head_init_bias is not None and name.endswith('bias'):
+                parameter.fill_(args.head_init_bias)
 
 
 def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> TrainingTask:

@@ -101,7 +101,8 @@ def _metadata(path: str) -> Dict[str, Any]:
 def _check_fits(saved: Optional[argparse.Namespace], args: argparse.Namespace, path: str) -> None:
     """Name the flag that differs, where the checkpoint says what made it."""
     differences = []
-    for name in ('model', 'eed_method', 'exit_type', 'exit_indices', 'num_classes'):
+    names = ('model', 'eed_method', 'exit_type', 'exit_indices', 'num_classes')
+    for name in names if args.no_resume_opt else (*names, 'opt'):
         was, now = getattr(saved, name, None), getattr(args, name)
         if name == 'eed_method' and 'none' not in (was, now):
             continue  # losses may change, having exits or not may not
@@ -110,7 +111,8 @@ def _check_fits(saved: Optional[argparse.Namespace], args: argparse.Namespace, p
     if differences:
         raise TrainingError(
             f"The checkpoint '{path}' was made by another run: {'; '.join(differences)}. "
-            'Repeat its flags (args.yaml beside it holds them), or start afresh without --resume.')
+            'Repeat its flags (args.yaml beside it holds them), or start afresh without --resume; '
+            'for another optimizer add --no-resume-opt.')
 
 
 def _first_lines(error: Exception, count: int = 4) -> str:

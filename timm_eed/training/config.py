@@ -54,6 +54,8 @@ def _read(parser: argparse.ArgumentParser, path: str) -> Dict[Any, Any]:
 def _convert(action: argparse.Action, value: Any) -> Any:
     """The value as the command line would give it."""
     if value is None:
+        if action.default is not None:
+            raise ValueError(f'must have a value (the default is {action.default!r}).')
         return None
     if isinstance(action, ParseKwargs):
         if not isinstance(value, dict):

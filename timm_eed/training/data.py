@@ -138,10 +138,6 @@ def create_data(
         raise TrainingError("--train-split is empty; name the training split, as in --train-split train.")
     _check_classes(args, train, validation, num_classes)
     sources = [dataset for dataset in (train, validation) if isinstance(dataset, SkippingImageDataset)]
-    if len(train) and len(train) // args.batch_size < 1:
-        raise TrainingError(
-            f'The training split has {len(train)} images, less than one batch of {args.batch_size}; '
-            f'lower --batch-size (-b) to {len(train)} or less.')
     if args.aug_splits:
         train = AugMixDataset(train, num_splits=args.aug_splits)
     collate, mixup = _create_mixup(args, num_classes)
@@ -157,7 +153,15 @@ def create_data(
         use_prefetcher=not args.no_prefetcher,
         worker_seeding=args.worker_seeding,
     )
-    train_loader = create_loader(train, **loader, **_training_transforms(args, data_config), collate_fn=collate)
+    try:
+        train_loader = create_loader(train, **loader, **_training_transforms(args, data_config), collate_fn=collate)
+    except (AssertionError, KeyError, ValueError) as error:  # names of policies, crops and interpolations
+        raise TrainingError(f'Cannot make the training loader: {type(error).__name__}: {error}') from error
+    if not len(train_loader):
+        share = len(train) // args.world_size
+        raise TrainingError(
+            f'The training split has {len(train)} images, {share} per process, less than one batch of '
+            f'{args.batch_size}; lower --batch-size (-b) to {share} or less.')
     if validation is None:
         return Data(train_loader, None, mixup, collate, sources)
     workers = min(2, args.workers) if args.distributed and args.dataset.startswith(('tfds', 'wds')) else args.workers

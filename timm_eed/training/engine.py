@@ -186,16 +186,8 @@ def evaluate(
             x, y = _to_device(x, y, device, args)
             with precision.autocast():
                 output = model(x)
-            if args.tta > 1:  # augmented copies of one image follow each other
-                output, y = _average_copies(output, args.tta), y[::args.tta]
             evaluator.update(output, y)
     return dict(evaluator.compute(distributed=args.distributed))
-
-
-def _average_copies(output: Any, copies: int) -> Any:
-    if isinstance(output, torch.Tensor):
-        return output.unfold(0, copies, copies).mean(-1)
-    return [z.unfold(0, copies, copies).mean(-1) for z in output.logits]
 
 
 def _to_device(
