@@ -77,8 +77,10 @@ def survey(name: str, args: argparse.Namespace) -> Dict[str, Any]:
     start = time.time()
     signal.alarm(args.limit)
     try:
-        examine(name, row, args.max_params * 1e6)
+        examine(name, row, args.max_params * 1e6, own_size=False)
         row['status'] = row['status'] or 'ok'
+    except RuntimeError as error:
+        retry(name, row, args.max_params * 1e6, error)
     except OutOfTime:
         row.update(status='timeout', reason=f'{args.limit} s are over')
     except Exception as error:
@@ -89,11 +91,24 @@ def survey(name: str, args: argparse.Namespace) -> Dict[str, Any]:
     return row
 
 
-def examine(name: str, row: Dict[str, Any], max_params: float) -> None:
+def retry(name: str, row: Dict[str, Any], max_params: float, error: RuntimeError) -> None:
+    """Once more: on real tensors where the meta device cannot run the network, else at the network's own size."""
+    needs_values = 'meta tensors' in str(error)
+    row.update(status='', reason='')
+    try:
+        examine(name, row, float('inf') if needs_values else max_params, own_size=not needs_values)
+        row['status'] = row['status'] or 'ok'
+    except OutOfTime:
+        row.update(status='timeout', reason='the limit is over')
+    except Exception as again:
+        row.update(status='error', reason=f'{type(again).__name__}: {again}'.splitlines()[0][:300])
+
+
+def examine(name: str, row: Dict[str, Any], max_params: float, own_size: bool) -> None:
     """Fill in a row; raises what the model raises."""
     with torch.device('meta'):
         backbone = timm.create_model(name, num_classes=10)
-    size = smallest_size(backbone)
+    size = input_size(backbone) if own_size else smallest_size(backbone)
     params = sum(p.numel() for p in backbone.parameters())
     real = params <= max_params
     row.update(device='cpu' if real else 'meta', input='x'.join(map(str, size)))

@@ -155,7 +155,9 @@ class MultiExitWrapper(nn.Module):
             raise ValueError(
                 f'forward_exits takes images as a tensor [B, C, H, W], not a {type(x).__name__}; NaFlex patch '
                 'dictionaries have no maps for the exits, pass images of one size instead.')
-        x, maps = self.backbone.forward_intermediates(x, indices=self.exit_indices, output_fmt='NCHW')
+        # stop_early is said, since some models stop behind the last map unless told not to
+        x, maps = self.backbone.forward_intermediates(
+            x, indices=self.exit_indices, output_fmt='NCHW', stop_early=False)
         outputs = [exit_head(stage_map) for exit_head, stage_map in zip(self.exits, maps)]
         outputs.append(self._forward_main_head(x))
         logits, features = zip(*outputs)
