@@ -63,7 +63,7 @@ def main() -> None:
         row = survey(name, args)
         new = not os.path.exists(args.csv)
         with open(args.csv, 'a', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, FIELDS)
+            writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
             if new:
                 writer.writeheader()
             writer.writerow(row)

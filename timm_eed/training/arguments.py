@@ -1,7 +1,7 @@
 """Command line of train_eed.py: timm's flags under timm's names, and one group for exits."""
 import argparse
 import os
-from typing import List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from timm.utils import ParseKwargs
 
@@ -9,7 +9,7 @@ from ..exits import EXIT_TYPES
 from ..losses import create_multi_exit_loss
 from .config import apply_config
 
-__all__ = ['build_parser', 'parse_args', 'parse_teacher']
+__all__ = ['build_parser', 'loss_kwargs', 'parse_args', 'parse_teacher']
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -30,14 +30,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         if args.eed_method != 'none':
-            create_multi_exit_loss(
-                method=args.eed_method,
-                alpha=args.eed_alpha,
-                beta=args.eed_beta,
-                output_loss=args.eed_output_loss,
-                temperature=args.eed_temperature,
-                teacher=parse_teacher(args.eed_teacher) if args.eed_method == 'eed' else None,
-            )
+            create_multi_exit_loss(**loss_kwargs(args))
     except ValueError as error:
         parser.error(f'exit-ensemble distillation: {error}')
     if args.eed_method == 'none' and args.freeze_backbone:
@@ -70,6 +63,18 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--split-bn keeps batch norm statistics per augmentation split; add --aug-splits 2 or more.')
     if args.model_dtype not in (None, 'float32') and args.amp:
         parser.error('--amp keeps the model in float32; drop --amp or --model-dtype.')
+
+
+def loss_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    """What the flags say about exits, as arguments of `create_multi_exit_loss`."""
+    return dict(
+        method=args.eed_method,
+        alpha=args.eed_alpha,
+        beta=args.eed_beta,
+        output_loss=args.eed_output_loss,
+        temperature=args.eed_temperature,
+        teacher=parse_teacher(args.eed_teacher) if args.eed_method == 'eed' else None,
+    )
 
 
 def parse_teacher(text: str) -> Union[str, List[int]]:

@@ -21,7 +21,7 @@ from ..exits import TimmModel
 from ..losses import create_multi_exit_loss
 from ..multi_exit import MultiExitWrapper, check_model_name, wrap
 from ..task import MultiExitTask
-from .arguments import parse_teacher
+from .arguments import loss_kwargs
 from .checkpoint import load_initial_checkpoint
 from .errors import TrainingError
 
@@ -169,15 +169,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
         if not isinstance(model, MultiExitWrapper):
             criterion = create_classification_loss(**timm_loss)
             return ClassificationTask(model, criterion, device=device, verbose=args.primary)
-        loss = create_multi_exit_loss(
-            method=args.eed_method,
-            alpha=args.eed_alpha,
-            beta=args.eed_beta,
-            output_loss=args.eed_output_loss,
-            temperature=args.eed_temperature,
-            teacher=parse_teacher(args.eed_teacher) if args.eed_method == 'eed' else None,
-            **timm_loss,
-        )
+        loss = create_multi_exit_loss(**loss_kwargs(args), **timm_loss)
         return MultiExitTask(model, loss, device=device, verbose=args.primary)
     except ValueError as error:
         raise TrainingError(str(error)) from error
