@@ -26,7 +26,7 @@ from timm_eed.training.arguments import parse_args
 from timm_eed.training.build import Precision, build_model, build_optimizer, build_scheduler, build_task, setup_device
 from timm_eed.training.checkpoint import resume, resume_path
 from timm_eed.training.data import Data, create_data
-from timm_eed.training.engine import evaluate, train_one_epoch, updates_per_epoch
+from timm_eed.training.engine import evaluate, mean_lr, train_one_epoch, updates_per_epoch
 from timm_eed.training.errors import TrainingError
 from timm_eed.training.report import closing_table, epoch_lines
 
@@ -187,7 +187,7 @@ def fit(
         train_metrics = train_one_epoch(epoch, task, data, optimizer, args, precision, scheduler, saver)
         if args.distributed and args.dist_bn:
             distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
-        lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
+        lr = mean_lr(optimizer)
         evaluated = data.validation is not None and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs)
         use_ema = task.has_ema() and not args.model_ema_force_cpu
         if evaluated:

@@ -196,8 +196,9 @@ class MultiExitWrapper(nn.Module):
             self.backbone.reset_classifier(num_classes, global_pool)
         if num_classes and pre_logits_width(self.backbone) != self.head_hidden_size:
             self.exits = self._make_exits()
-        for exit_head in self.exits:
-            exit_head.reset_classifier(num_classes)
+        else:
+            for exit_head in self.exits:
+                exit_head.reset_classifier(num_classes)
         self._single_head_pass = logits_are_classifier_output(self.backbone)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
@@ -255,6 +256,15 @@ class MultiExitWrapper(nn.Module):
     def unwrap(self) -> TimmModel:
         """The plain timm model, its state_dict keys unchanged."""
         return self.backbone
+
+
+def classifier_layers(model: TimmModel) -> List[nn.Module]:
+    """The classifiers of a model: its own, of which some models have two or more, then those of its exits."""
+    classifier = model.get_classifier()
+    layers = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+    if isinstance(model, MultiExitWrapper):
+        layers += [exit_head.fc for exit_head in model.exits]
+    return layers
 
 
 def _check_classifier(model: TimmModel) -> None:

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from timm.task import ClassificationEvaluator, TrainingTask
+from timm.utils import unwrap_model
 
 from .losses import ExitEnsembleDistillationLoss, ensemble_mean
-from .multi_exit import MultiExitOutput, MultiExitWrapper
+from .multi_exit import MultiExitOutput, MultiExitWrapper, classifier_layers
 
 __all__ = ['AllExits', 'MultiExitEvaluator', 'MultiExitTask']
 
@@ -101,20 +102,11 @@ class MultiExitTask(TrainingTask):
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterable[nn.Parameter]:
         """Parameters to clip; without the fully connected layers of all classifiers for `exclude_head` (AGC)."""
-        model = self._model()
+        model = unwrap_model(self.trainable_module)
         if not exclude_head:
             return model.parameters()
-        classifier = model.get_classifier()
-        heads = [exit_head.fc for exit_head in model.exits]
-        heads += list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-        excluded = {id(p) for head in heads for p in head.parameters()}
+        excluded = {id(p) for layer in classifier_layers(model) for p in layer.parameters()}
         return [p for p in model.parameters() if id(p) not in excluded]
-
-    def _model(self) -> MultiExitWrapper:
-        module = self.trainable_module
-        while not isinstance(module, MultiExitWrapper):
-            module = getattr(module, '_orig_mod', None) or module.module
-        return module
 
     def create_evaluator(self, **kwargs: Any) -> 'MultiExitEvaluator':
         """A fresh evaluator for this task's eval model."""

@@ -19,7 +19,7 @@ from timm.utils import NativeScaler, init_distributed_device, random_seed
 
 from ..exits import TimmModel
 from ..losses import create_multi_exit_loss
-from ..multi_exit import MultiExitWrapper, check_model_name, wrap
+from ..multi_exit import MultiExitWrapper, check_model_name, classifier_layers, wrap
 from ..task import MultiExitTask
 from .arguments import loss_kwargs
 from .checkpoint import load_initial_checkpoint
@@ -136,12 +136,8 @@ def _model_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _init_heads(args: argparse.Namespace, model: TimmModel) -> None:
-    classifier = model.get_classifier()  # some models have two
-    heads = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-    if isinstance(model, MultiExitWrapper):
-        heads += [exit_head.fc for exit_head in model.exits]
     with torch.no_grad():
-        for name, parameter in (item for head in heads for item in head.named_parameters()):
+        for name, parameter in (item for layer in classifier_layers(model) for item in layer.named_parameters()):
             if args.head_init_scale is not None:
                 parameter.mul_(args.head_init_scale)
             if args.head_init_bias is not None and name.endswith('bias'):

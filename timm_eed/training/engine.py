@@ -18,7 +18,7 @@ from .data import Data
 from .errors import TrainingError
 from .report import format_rate
 
-__all__ = ['LossTerms', 'evaluate', 'train_one_epoch', 'updates_per_epoch']
+__all__ = ['LossTerms', 'evaluate', 'mean_lr', 'train_one_epoch', 'updates_per_epoch']
 
 _logger = logging.getLogger(__name__)
 
@@ -77,6 +77,11 @@ class LossTerms:
 def updates_per_epoch(num_batches: int, grad_accum_steps: int) -> int:
     """Optimizer steps per epoch; the batches left over at its end make one more."""
     return -(-num_batches // grad_accum_steps)
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate, averaged over parameter groups."""
+    return sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
 
 
 def train_one_epoch(
@@ -219,7 +224,7 @@ def _log_step(
         rate: float,
 ) -> None:
     losses = '  '.join(f'{name} {value:.4f}' for name, value in means.items())
-    lr = sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
     width = len(str(num_batches))
     _logger.info(
-        f'epoch {epoch}  step {step + 1:>{width}}/{num_batches}  {losses}  lr {lr:.3g}  {format_rate(rate)}')
+        f'epoch {epoch}  step {step + 1:>{width}}/{num_batches}  {losses}  '
+        f'lr {mean_lr(optimizer):.3g}  {format_rate(rate)}')
