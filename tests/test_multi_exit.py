@@ -95,28 +95,20 @@ def test_exit_types_on_any_map(name, exit_type):
         assert all(torch.isfinite(z).all() for z in out.logits)
 
 
-def cifar_resnet18(num_classes=100):
-    """ResNet-18 with the paper's stem for 32x32 images."""
-    model = timm.create_model('resnet18', num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
-
-
 def test_parameters_equal_the_authors_network():
-    model = timm_eed.wrap(cifar_resnet18())
+    model = timm_eed.create_model('cifar_resnet18')
     assert sum(p.numel() for p in model.parameters()) == 15_580_880
     assert sum(p.numel() for p in model.exits.parameters()) == 4_360_748
 
 
 def test_profile_equals_the_papers_table():
-    model = timm_eed.wrap(cifar_resnet18())
+    model = timm_eed.create_model('cifar_resnet18')
     rows = timm_eed.profile(model, (3, 32, 32))
     assert [row.exit for row in rows] == ['exit1', 'exit2', 'exit3', 'main']
     assert [round(row.gmacs, 4) for row in rows] == [.2094, .3248, .4401, .5555]  # Table III without batch norm
     assert rows[-1].params == sum(p.numel() for p in model.backbone.parameters())
     stem_and_layer1 = sum(
-        p.numel() for n, p in model.backbone.named_parameters() if n.startswith(('conv1', 'bn1', 'layer1')))
+        p.numel() for n, p in model.backbone.named_parameters() if n.startswith(('stem', 'stages.0')))
     assert rows[0].params == stem_and_layer1 + model.exit_info()[0].parameters
 
 

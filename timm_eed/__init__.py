@@ -1,4 +1,5 @@
 """timm_eed: multi-exit timm models, trained with exit-ensemble distillation."""
+from . import models  # noqa: F401  # registers the CIFAR networks with timm
 from .exits import EXIT_TYPES, ExitHead
 from .losses import ExitEnsembleDistillationLoss, create_multi_exit_loss
 from .multi_exit import MultiExitOutput, MultiExitWrapper, create_model, wrap

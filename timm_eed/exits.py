@@ -162,27 +162,28 @@ def exit_widths(model: TimmModel, index: int, num_features: int) -> List[int]:
     return widths + [num_features]
 
 
-def _conv(in_chans: int, width: int) -> nn.Module:
-    return ConvNormAct(in_chans, width, 3, stride=2)
+def _conv(in_chans: int, width: int, stride: int) -> nn.Module:
+    return ConvNormAct(in_chans, width, 3, stride=stride)
 
 
-def _separable(in_chans: int, width: int) -> nn.Module:
+def _separable(in_chans: int, width: int, stride: int) -> nn.Module:
     return nn.Sequential(
-        ConvNormAct(in_chans, in_chans, 3, stride=2, groups=in_chans),
+        ConvNormAct(in_chans, in_chans, 3, stride=stride, groups=in_chans),
         ConvNormAct(in_chans, width, 1),
     )
 
 
-def _bottleneck(in_chans: int, width: int) -> nn.Module:
+def _bottleneck(in_chans: int, width: int, stride: int) -> nn.Module:
     planes = max(width // 4, 1)
     return nn.Sequential(
         ConvNormAct(in_chans, planes, 1),
-        ConvNormAct(planes, planes, 3, stride=2),
+        ConvNormAct(planes, planes, 3, stride=stride),
         ConvNormAct(planes, width, 1),
     )
 
 
-_STEPS: Dict[str, Callable[[int, int], nn.Module]] = {'conv': _conv, 'separable': _separable, 'bottleneck': _bottleneck}
+_STEPS: Dict[str, Callable[[int, int, int], nn.Module]] = {
+    'conv': _conv, 'separable': _separable, 'bottleneck': _bottleneck}
 EXIT_TYPES: Tuple[str, ...] = (*_STEPS, 'linear')
 
 
@@ -202,9 +203,10 @@ class ExitHead(nn.Module):
         num_classes: K; 0 leaves the fully connected layer out, as in timm.
         exit_type: One of EXIT_TYPES.
         drop_rate: Dropout before the fully connected layer; F_i is what comes out of it, as in timm's own heads.
+        last_stride: Stride of the last convolution, 2, or 1 to pool over a map of twice the side (the paper's VGG19).
 
     Raises:
-        ValueError: If the exit type is unknown.
+        ValueError: If the exit type is unknown, or the stride is neither 1 nor 2.
     """
 
     def __init__(
@@ -214,10 +216,13 @@ class ExitHead(nn.Module):
             num_classes: int = 1000,
             exit_type: str = 'conv',
             drop_rate: float = 0.,
+            last_stride: int = 2,
     ):
         super().__init__()
         if exit_type not in EXIT_TYPES:
             raise ValueError(f"Unknown exit type '{exit_type}', choose one of {', '.join(EXIT_TYPES)}.")
+        if last_stride not in (1, 2):
+            raise ValueError(f'last_stride={last_stride} must be 1 or 2.')
         self.in_chans = in_chans
         self.num_features = widths[-1]
         self.norm: nn.Module = nn.Identity()
@@ -228,8 +233,9 @@ class ExitHead(nn.Module):
             if in_chans != self.num_features:
                 self.proj = nn.Linear(in_chans, self.num_features)
         else:
-            for width in widths:
-                self.steps.append(_STEPS[exit_type](in_chans, width))
+            strides = [2] * (len(widths) - 1) + [last_stride]
+            for width, stride in zip(widths, strides):
+                self.steps.append(_STEPS[exit_type](in_chans, width, stride))
                 in_chans = width
         self.drop = nn.Dropout(drop_rate)
         self.fc: nn.Module = nn.Identity()

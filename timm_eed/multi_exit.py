@@ -48,7 +48,7 @@ class MultiExitWrapper(nn.Module):
         exit_indices: Stages to put exits behind: None for the default places, an int for the last n stages before
             the last one, or indices into `feature_info` as in timm's `out_indices`.
         exit_type: Kind of head, one of `timm_eed.EXIT_TYPES`.
-        exit_kwargs: Further arguments of `ExitHead`: `drop_rate`, the backbone's own if not given.
+        exit_kwargs: Further arguments of `ExitHead`: `drop_rate` (the backbone's own if not given), `last_stride`.
 
     Raises:
         ValueError: If the backbone has no classifier, or an exit index or the exit type is wrong.

@@ -1,5 +1,6 @@
 """What each classifier of a multi-exit model costs: multiply-adds and parameters up to and including its head."""
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+import math
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,8 +17,8 @@ __all__ = ['ExitProfile', 'ensemble_gmacs', 'profile']
 class ExitProfile(NamedTuple):
     """Cost of one classifier for one image, all up to and including its own head (other exits not counted).
 
-    exit: exit1, exit2, .., main. gmacs: 10^9 multiply-adds of convolutions, linear layers and attention products.
-    gflops: 2 x gmacs. params: number of parameters.
+    exit: exit1, exit2, .., main. gmacs: 10^9 multiply-adds of convolutions, linear layers and attention products, and
+    of normalisation where it was asked for. gflops: 2 x gmacs. params: number of parameters.
     """
     exit: str
     gmacs: float
@@ -25,14 +26,20 @@ class ExitProfile(NamedTuple):
     params: int
 
 
-def profile(model: MultiExitWrapper, input_size: Optional[Tuple[int, int, int]] = None) -> List[ExitProfile]:
+def profile(
+        model: MultiExitWrapper,
+        input_size: Optional[Tuple[int, int, int]] = None,
+        norms: bool = False,
+) -> List[ExitProfile]:
     """Cost of each classifier, shallow to deep, counted on a twin without weights (nothing is computed).
 
-    Normalisation, activations and pooling are not counted, as is usual.
+    Activations and pooling are not counted, as is usual, nor normalisation unless asked for: the paper's Table III
+    counts 2 multiply-adds per normalised element.
 
     Args:
         model: A multi-exit model.
         input_size: Image size (C, H, W); the model's own when None.
+        norms: Count normalisation layers too.
 
     Raises:
         ValueError: If the model has no exits.
@@ -42,11 +49,11 @@ def profile(model: MultiExitWrapper, input_size: Optional[Tuple[int, int, int]] 
     twin, x = _twin_and_input(model, input_size)
     rows = []
     for number, (index, exit_head) in enumerate(zip(twin.exit_indices, twin.exits), start=1):
-        flops = _count(_run_exit, twin.backbone, exit_head, index, x)
+        flops = _count(_run_exit, twin.backbone, exit_head, index, x, norms=norms)
         trunk = meta_twin(twin.backbone)
         trunk.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
         rows.append(_row(f'exit{number}', flops, _num_params(trunk) + _num_params(exit_head)))
-    rows.append(_row('main', _count(twin.backbone, x), _num_params(twin.backbone)))
+    rows.append(_row('main', _count(twin.backbone, x, norms=norms), _num_params(twin.backbone)))
     return rows
 
 
@@ -70,8 +77,18 @@ def _run_exit(backbone: TimmModel, exit_head: nn.Module, index: int, x: torch.Te
         x, indices=[index], output_fmt='NCHW', stop_early=True, intermediates_only=True)[0])
 
 
-def _count(function: Callable[..., Any], *inputs: Any) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+def _norm_flops(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 4 * math.prod(x_shape)  # 2 multiply-adds
+
+
+_aten = torch.ops.aten
+_NORMS = dict.fromkeys(
+    (_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.native_layer_norm,
+     _aten.native_group_norm), _norm_flops)
+
+
+def _count(function: Callable[..., Any], *inputs: Any, norms: bool = False) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NORMS if norms else None) as counter:
         function(*inputs)
     return counter.get_total_flops()
 
