@@ -1,15 +1,9 @@
 """The command `timm-eed`: what the package does without a training run."""
 import argparse
 import sys
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
-import timm
-import torch
-
-from .exits import EXIT_TYPES, TimmModel
-from .multi_exit import MultiExitWrapper, check_model_name, wrap
-from .probe import input_size
-from .profiling import profile
+from .commands import info, validate
 
 __all__ = ['main']
 
@@ -18,83 +12,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run a subcommand; errors that the user can mend end it with one message."""
     parser = argparse.ArgumentParser(prog='timm-eed', description='Multi-exit timm models.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    _info_parser(commands)
+    for command in (info, validate):
+        command.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
     except ValueError as error:
         sys.exit(f'timm-eed {args.command}: error: {error}')
-
-
-def _info_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
-    parser = commands.add_parser('info', help='the exits a model would get', description=(
-        'Show the exits that a timm model would get and what each costs; no weights are made or loaded. '
-        'GFLOPs count 2 per multiply-add of convolutions, linear layers and attention products.'))
-    parser.add_argument('model', metavar='MODEL', help='timm model, or a pattern as in "convnext*" for a line each')
-    parser.add_argument('--exit-indices', type=int, nargs='+', metavar='N', help='feature stages to put exits behind')
-    parser.add_argument('--exit-type', default='conv', choices=EXIT_TYPES, help='kind of exit head')
-    parser.add_argument('--num-classes', type=int, default=1000, metavar='N', help='number of classes')
-    parser.add_argument('--img-size', type=int, metavar='N', help="image size; the model's own if not given")
-    parser.set_defaults(run=_info)
-
-
-def _info(args: argparse.Namespace) -> None:
-    if not any(c in args.model for c in '*?['):
-        check_model_name(args.model)
-        model, size = _model_without_weights(args.model, args)
-        return print('\n'.join(_table(args.model, model, size)))
-    names = timm.list_models(args.model)
-    if not names:
-        raise ValueError(f"no timm model matches '{args.model}'; timm-eed info \"resnet*\" shows a pattern.")
-    width = max(map(len, names))
-    print(f"{'model':<{width}}  {'input':>11}  {'GFLOPs':>8}  {'params':>9}  exits and their share of the GFLOPs")
-    for name in names:
-        try:
-            model, size = _model_without_weights(name, args)
-            print(_line(f'{name:<{width}}', model, size))
-        except (ValueError, RuntimeError) as error:
-            print(f'{name:<{width}}  {str(error).splitlines()[0]}')
-
-
-def _model_without_weights(name: str, args: argparse.Namespace) -> Tuple[MultiExitWrapper, Tuple[int, int, int]]:
-    """A multi-exit model on the meta device, and its input size [C, H, W]."""
-    kwargs = dict(num_classes=args.num_classes)
-    with torch.device('meta'):
-        backbone: TimmModel = timm.create_model(name, **kwargs)
-        if args.img_size and backbone.pretrained_cfg.get('fixed_input_size'):
-            backbone = timm.create_model(name, img_size=args.img_size, **kwargs)
-    channels, height, width = input_size(backbone)
-    size = (channels, args.img_size or height, args.img_size or width)
-    return wrap(backbone, args.exit_indices, args.exit_type).eval(), size
-
-
-def _table(name: str, model: MultiExitWrapper, size: Tuple[int, int, int]) -> List[str]:
-    with torch.no_grad():
-        maps = model.backbone.forward_intermediates(
-            torch.empty(1, *size, device='meta'), indices=model.exit_indices, output_fmt='NCHW',
-            intermediates_only=True)
-    rows = profile(model, size)
-    infos = model.exit_info()
-    width = max(len(info.module) for info in infos)
-    lines = [f"{name}, input {'x'.join(map(str, size))}, {model.num_classes} classes, {model.exit_type} exits", '',
-             f"{'exit':<6}  {'module':<{width}}  {'depth':>6}  {'channels':>8}  {'map':>9}  {'GFLOPs':>9}  {'share':>7}"
-             f"  {'params':>10}"]
-    for row, info, stage_map in zip(rows, infos, maps):
-        side = 'x'.join(map(str, stage_map.shape[2:]))
-        lines.append(f'{row.exit:<6}  {info.module:<{width}}  {100 * info.depth:4.0f} %  {info.channels:8d}  {side:>9}'
-                     f'  {row.gflops:9.3f}  {100 * row.gflops / rows[-1].gflops:5.1f} %  {row.params / 1e6:8.2f} M')
-    main_row = rows[-1]
-    lines.append(f"{'main':<6}  {'':<{width}}  {100:4.0f} %  {'':>8}  {'':>9}  {main_row.gflops:9.3f}  {100:5.1f} %  "
-                 f'{main_row.params / 1e6:8.2f} M')
-    return lines
-
-
-def _line(name: str, model: MultiExitWrapper, size: Tuple[int, int, int]) -> str:
-    rows = profile(model, size)
-    main_row = rows[-1]
-    exits = '  '.join(f'{info.module} {100 * row.gflops / main_row.gflops:.0f} %'
-                      for row, info in zip(rows, model.exit_info()))
-    return (f"{name}  {'x'.join(map(str, size)):>11}  {main_row.gflops:8.2f}  {main_row.params / 1e6:7.2f} M  {exits}")
 
 
 if __name__ == '__main__':

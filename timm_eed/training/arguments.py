@@ -42,9 +42,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ('batch_size', 'grad_accum_steps', 'epochs', 'log_interval', 'val_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
-    for name in ('workers', 'seed'):
-        if getattr(args, name) < 0:
-            parser.error(f'--{name} must be at least 0, not {getattr(args, name)}.')
+    for name in ('workers', 'seed', 'crop_padding'):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}.")
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, name)
         if value is not None and len(value) != 2:
@@ -137,6 +137,8 @@ def _exits(parser: argparse.ArgumentParser) -> None:
     add('--exit-indices', type=int, nargs='+', metavar='N',
         help='feature stages to put exits behind (timm out_indices); default: every stage boundary, at most three')
     add('--exit-type', default='conv', choices=EXIT_TYPES, help='kind of exit head')
+    add('--exit-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+        help='arguments for the exits: drop_rate, last_stride')
     add('--freeze-backbone', action='store_true', help='train the exits alone')
 
 
@@ -254,6 +256,8 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('Augmentation').add_argument
     add('--no-aug', action='store_true', help='no training augmentation')
     add('--train-crop-mode', metavar='MODE', help='training crop: rrc, rkrc, rkrr')
+    add('--crop-padding', type=int, metavar='N',
+        help='instead of resized crops: crops of the input size from the image with N black pixels around (CIFAR: 4)')
     add('--scale', type=float, nargs='+', default=[.08, 1.], metavar='F', help='area of random resized crops')
     add('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.], metavar='F', help='aspect of random crops')
     add('--hflip', type=float, default=.5, metavar='P', help='horizontal flip')

@@ -25,7 +25,8 @@ from .arguments import loss_kwargs
 from .checkpoint import load_initial_checkpoint
 from .errors import TrainingError
 
-__all__ = ['Precision', 'build_model', 'build_optimizer', 'build_scheduler', 'build_task', 'setup_device']
+__all__ = [
+    'Precision', 'build_model', 'build_optimizer', 'build_scheduler', 'build_task', 'make_model', 'setup_device']
 
 _logger = logging.getLogger(__name__)
 
@@ -85,18 +86,12 @@ class Precision:
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
-    """The model on its device: multi-exit, or plain timm for --eed-method none.
+    """The model of a run on its device, ready for training.
 
     Raises:
         TrainingError: If the name is unknown, an exit cannot be placed, or a checkpoint does not fit.
     """
-    try:
-        check_model_name(args.model)
-        model: TimmModel = timm.create_model(pretrained=args.pretrained, **_model_kwargs(args))
-        if args.eed_method != 'none':
-            model = wrap(model, args.exit_indices, args.exit_type)
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-        raise TrainingError(f"Cannot make the model '{args.model}': {error}") from error
+    model = make_model(args)
     if args.initial_checkpoint:
         load_initial_checkpoint(model, args.initial_checkpoint)
     _init_heads(args, model)
@@ -112,6 +107,21 @@ def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
     if args.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
     return model
+
+
+def make_model(args: argparse.Namespace) -> TimmModel:
+    """The model that the flags name: multi-exit, or plain timm for --eed-method none.
+
+    Raises:
+        TrainingError: If the name is unknown, or an exit cannot be placed.
+    """
+    try:
+        check_model_name(args.model)
+        model: TimmModel = timm.create_model(pretrained=args.pretrained, **_model_kwargs(args))
+        return model if args.eed_method == 'none' else wrap(
+            model, args.exit_indices, args.exit_type, **args.exit_kwargs)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+        raise TrainingError(f"Cannot make the model '{args.model}': {error}") from error
 
 
 def _model_kwargs(args: argparse.Namespace) -> Dict[str, Any]:

@@ -7,11 +7,13 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 import torch
 from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
+from torchvision.transforms import RandomCrop
 
 from .digits import Digits
 from .errors import TrainingError
 
-__all__ = ['Data', 'create_data']
+__all__ = ['Data', 'create_data', 'create_evaluation_loader']
 
 _logger = logging.getLogger(__name__)
 
@@ -132,8 +134,8 @@ def create_data(
     Raises:
         TrainingError: If a folder or split is missing or empty, or class counts disagree.
     """
-    train: Any = _create_split(args, args.train_split, data_config)
-    validation = _create_split(args, args.val_split, data_config)
+    train: Any = _create_split(args, args.train_split, data_config, training=True)
+    validation = _create_split(args, args.val_split, data_config, training=False)
     if train is None:
         raise TrainingError("--train-split is empty; name the training split, as in --train-split train.")
     _check_classes(args, train, validation, num_classes)
@@ -141,7 +143,45 @@ def create_data(
     if args.aug_splits:
         train = AugMixDataset(train, num_splits=args.aug_splits)
     collate, mixup = _create_mixup(args, num_classes)
-    loader = dict(
+    loader = _loader_kwargs(args, data_config, device)
+    try:
+        train_loader = create_loader(train, **loader, **_training_transforms(args, data_config), collate_fn=collate)
+    except (AssertionError, KeyError, ValueError) as error:  # names of policies, crops and interpolations
+        raise TrainingError(f'Cannot make the training loader: {type(error).__name__}: {error}') from error
+    if args.crop_padding is not None:
+        _crop_from_padded(train_loader.dataset, data_config['input_size'], args.crop_padding)
+    if not len(train_loader):
+        share = len(train) // args.world_size
+        raise TrainingError(
+            f'The training split has {len(train)} images, {share} per process, less than one batch of '
+            f'{args.batch_size}; lower --batch-size (-b) to {share} or less.')
+    if validation is None:
+        return Data(train_loader, None, mixup, collate, sources)
+    validation_loader = _evaluation_loader(args, validation, data_config, loader)
+    return Data(train_loader, validation_loader, mixup, collate, sources)
+
+
+def create_evaluation_loader(
+        args: argparse.Namespace,
+        split: str,
+        data_config: Dict[str, Any],
+        num_classes: int,
+        device: torch.device,
+) -> Any:
+    """A loader of one split without augmentation, for a model with `num_classes` outputs.
+
+    Raises:
+        TrainingError: If the split is missing or empty, or the class counts disagree.
+    """
+    dataset = _create_split(args, split, data_config, training=False)
+    if dataset is None:
+        raise TrainingError("--split is empty; name a split, as in --split validation.")
+    _check_classes(args, dataset, None, num_classes)
+    return _evaluation_loader(args, dataset, data_config, _loader_kwargs(args, data_config, device))
+
+
+def _loader_kwargs(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
+    return dict(
         input_size=data_config['input_size'],
         mean=data_config['mean'],
         std=data_config['std'],
@@ -153,26 +193,30 @@ def create_data(
         use_prefetcher=not args.no_prefetcher,
         worker_seeding=args.worker_seeding,
     )
-    try:
-        train_loader = create_loader(train, **loader, **_training_transforms(args, data_config), collate_fn=collate)
-    except (AssertionError, KeyError, ValueError) as error:  # names of policies, crops and interpolations
-        raise TrainingError(f'Cannot make the training loader: {type(error).__name__}: {error}') from error
-    if not len(train_loader):
-        share = len(train) // args.world_size
-        raise TrainingError(
-            f'The training split has {len(train)} images, {share} per process, less than one batch of '
-            f'{args.batch_size}; lower --batch-size (-b) to {share} or less.')
-    if validation is None:
-        return Data(train_loader, None, mixup, collate, sources)
+
+
+def _evaluation_loader(
+        args: argparse.Namespace, dataset: Any, data_config: Dict[str, Any], loader: Dict[str, Any],
+) -> Any:
     workers = min(2, args.workers) if args.distributed and args.dataset.startswith(('tfds', 'wds')) else args.workers
-    validation_loader = create_loader(validation, **{**loader, 'num_workers': workers}, **dict(
+    return create_loader(dataset, **{**loader, 'num_workers': workers}, **dict(
         batch_size=args.validation_batch_size or args.batch_size,
         is_training=False,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
     ))
-    return Data(train_loader, validation_loader, mixup, collate, sources)
+
+
+def _crop_from_padded(dataset: Any, input_size: Tuple[int, int, int], padding: int) -> None:
+    """Put a crop of the input size from the padded image in the place of timm's resized crop."""
+    resized_crop = (RandomResizedCropAndInterpolation, ResizeKeepRatio)
+    steps = getattr(dataset.transform, 'transforms', [])
+    if not steps or not isinstance(steps[0], resized_crop):
+        raise TrainingError('--crop-padding replaces the random resized crop; drop --no-aug and --aug-splits.')
+    crop = RandomCrop(input_size[1:], padding=padding, pad_if_needed=True)
+    rest = steps[2:] if isinstance(steps[0], ResizeKeepRatio) else steps[1:]  # ResizeKeepRatio has a crop behind it
+    dataset.transform.transforms = [crop, *rest]
 
 
 def _training_transforms(args: argparse.Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
@@ -226,10 +270,11 @@ def _create_mixup(
     return (None, Mixup(**kwargs)) if args.no_prefetcher else (FastCollateMixup(**kwargs), None)
 
 
-def _create_split(args: argparse.Namespace, split: str, data_config: Dict[str, Any]) -> Optional[Any]:
+def _create_split(
+        args: argparse.Namespace, split: str, data_config: Dict[str, Any], training: bool,
+) -> Optional[Any]:
     if not split:
         return None
-    training = split == args.train_split
     image_mode = args.input_img_mode or ('L' if data_config['input_size'][0] == 1 else 'RGB')
     if args.dataset == 'eed/digits':
         return Digits(train=training, input_img_mode=image_mode)

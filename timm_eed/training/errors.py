@@ -3,5 +3,5 @@
 __all__ = ['TrainingError']
 
 
-class TrainingError(Exception):
+class TrainingError(ValueError):
     """Something the user can mend; the message says how."""

@@ -1,0 +1,1 @@
+"""The subcommands of `timm-eed`, a file each."""

@@ -1,0 +1,95 @@
+"""What commands read: a model by name or from a run, and images to run it on."""
+import argparse
+import os
+from typing import Any, Dict, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.utils import ParseKwargs
+
+from ..exits import EXIT_TYPES, TimmModel
+from ..multi_exit import check_model_name, wrap
+from ..training.arguments import build_parser
+from ..training.data import create_evaluation_loader
+from ..training.runs import load_run
+
+__all__ = ['Inputs', 'add_data_arguments', 'add_exit_arguments', 'add_model_arguments', 'load_data', 'load_model']
+
+
+class Inputs(NamedTuple):
+    """A model, how its images are prepared, and the flags of the run that trained it (defaults without one)."""
+    model: TimmModel
+    data_config: Dict[str, Any]
+    args: argparse.Namespace
+    title: str
+
+
+def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which exits a plain model gets."""
+    parser.add_argument('--exit-indices', type=int, nargs='+', metavar='N', help='feature stages to put exits behind')
+    parser.add_argument('--exit-type', default='conv', choices=EXIT_TYPES, help='kind of exit head')
+    parser.add_argument('--exit-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+                        help='arguments for the exits: drop_rate, last_stride')
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the flags that belong to it."""
+    parser.add_argument('model', metavar='MODEL', help='folder of a run, a checkpoint in it, or a timm model')
+    parser.add_argument('--checkpoint', default='last', metavar='WHICH',
+                        help='checkpoint of a run: last, best or a file name (default: last)')
+    parser.add_argument('--no-ema', action='store_true', help='not the moving average, where the run kept one')
+    parser.add_argument('--pretrained', action='store_true', help="a timm model's pretrained weights (exits are fresh)")
+    parser.add_argument('--num-classes', type=int, metavar='N', help="classes of a timm model; its own if not given")
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device')
+    add_exit_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """DATA and the flags that belong to it."""
+    parser.add_argument('data', nargs='?', metavar='DATA', help="data folder; the run's own data if not given")
+    parser.add_argument('--dataset', metavar='NAME', help='type/name of a data set, as in training')
+    parser.add_argument('--dataset-download', action='store_true', help='download data sets that support it')
+    parser.add_argument('--split', metavar='NAME', help="split to read; the run's validation split if not given")
+    parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per batch')
+    parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='data loading processes')
+
+
+def load_model(args: argparse.Namespace) -> Inputs:
+    """The model that the flags of `add_model_arguments` name, in evaluation mode on its device.
+
+    Raises:
+        ValueError: If there is no such run, checkpoint or model.
+    """
+    if os.path.exists(args.model):
+        run = load_run(args.model, args.checkpoint, ema=not args.no_ema)
+        kind = ' (moving average)' if run.ema else ''
+        title = f'{args.model}: {run.args.model} after {run.epoch} epochs{kind}'
+        return Inputs(run.model.to(args.device), run.data_config, run.args, title)
+    if os.sep in args.model and ':' not in args.model:
+        raise ValueError(f"there is no run and no checkpoint '{args.model}'.")
+    check_model_name(args.model)
+    kwargs = {} if args.num_classes is None else dict(num_classes=args.num_classes)
+    backbone = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
+    model = wrap(backbone, args.exit_indices, args.exit_type, **args.exit_kwargs).eval().to(args.device)
+    weights = 'pretrained, exits untrained' if args.pretrained else 'untrained'
+    return Inputs(model, resolve_data_config({}, model=model), build_parser().parse_args([]),
+                  f'{args.model} ({weights})')
+
+
+def load_data(args: argparse.Namespace, inputs: Inputs) -> Any:
+    """A loader of the images that the flags of `add_data_arguments` name, prepared for the model.
+
+    Raises:
+        ValueError: If the data is missing or does not fit the model.
+    """
+    flags = argparse.Namespace(**vars(inputs.args))
+    if args.data or args.dataset:
+        flags.data_dir, flags.dataset = args.data, args.dataset or ''
+    flags.dataset_download = args.dataset_download
+    flags.batch_size = flags.validation_batch_size = args.batch_size
+    flags.workers = args.workers
+    flags.distributed, flags.img_dtype, flags.primary = False, torch.float32, True
+    split = args.split or flags.val_split
+    return create_evaluation_loader(
+        flags, split, inputs.data_config, inputs.model.num_classes, torch.device(args.device))

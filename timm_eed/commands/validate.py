@@ -1,0 +1,67 @@
+"""`timm-eed validate`: accuracy and calibration of every classifier and of ensembles."""
+import argparse
+import json
+from typing import Any, Dict, List, Sequence
+
+from ..analysis import classifier_names, collect, score, subset_logits
+from ..losses import ExitEnsembleDistillationLoss
+from ..training.arguments import parse_teacher
+from .inputs import add_data_arguments, add_model_arguments, load_data, load_model
+
+__all__ = ['add_parser', 'validate']
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `timm-eed`."""
+    parser = commands.add_parser('validate', help='accuracy of every exit and ensemble', description=(
+        'Accuracy and calibration of every exit, the main network, the ensemble of all (mean of logits), '
+        'and of any ensembles asked for.'))
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument('--subset', action='append', default=[], metavar='WHO',
+                        help='an ensemble to add, as in exit2+main; can be repeated')
+    parser.add_argument('--json', metavar='FILE', help='write the metrics to a file, too')
+    parser.set_defaults(run=_run)
+
+
+def validate(model: Any, loader: Any, subsets: Sequence[str] = ()) -> Dict[str, Dict[str, float]]:
+    """Metrics by classifier: exit1, .., main, ensemble, and each subset as in 'exit2+main'.
+
+    Raises:
+        ValueError: If a subset names a classifier that the model has not.
+    """
+    num_exits = getattr(model, 'num_exits', 1)
+    members = {name: _members(name, num_exits) for name in subsets}
+    logits, targets, _ = collect(model, loader)
+    metrics = {name: score(z, targets) for name, z in zip(classifier_names(num_exits), logits)}
+    if num_exits > 1:
+        metrics['ensemble'] = score(subset_logits(logits), targets)
+    for name, indices in members.items():
+        metrics[name] = score(subset_logits(logits, indices), targets)
+    return metrics
+
+
+def _members(name: str, num_exits: int) -> List[int]:
+    teacher = parse_teacher(name)
+    return ExitEnsembleDistillationLoss(teacher=teacher).teacher_indices(num_exits)
+
+
+def _run(args: argparse.Namespace) -> None:
+    inputs = load_model(args)
+    loader = load_data(args, inputs)
+    metrics = validate(inputs.model, loader, args.subset)
+    images = len(loader.dataset)
+    print(f'{inputs.title}, {images} images\n')
+    print(table(metrics))
+    if args.json:
+        with open(args.json, 'w', encoding='utf-8') as file:
+            json.dump(dict(model=args.model, images=images, metrics=metrics), file, indent=2)
+
+
+def table(metrics: Dict[str, Dict[str, float]]) -> str:
+    """Metrics as aligned text, a row per classifier."""
+    width = max(8, *map(len, metrics))
+    lines = [f"{'exit':<{width}}  {'top-1':>8}  {'top-5':>8}  {'ECE':>8}  {'loss':>8}"]
+    lines += [f"{name:<{width}}  {row['top1']:6.2f} %  {row['top5']:6.2f} %  {row['ece']:6.2f} %  {row['loss']:8.4f}"
+              for name, row in metrics.items()]
+    return '\n'.join(lines)
