@@ -10,25 +10,27 @@ import os
 import sys
 from argparse import Namespace
 from datetime import datetime
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import timm
 import torch
 import yaml
 from timm.data import resolve_data_config
+from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.task import TrainingTask
-from timm.utils import CheckpointSaver, distribute_bn, get_outdir, setup_default_logging, update_summary
-from timm.utils.summary import trim_summary
+from timm.utils import distribute_bn, get_outdir, setup_default_logging, update_summary
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_eed.exits import TimmModel
 from timm_eed.training.arguments import parse_args
 from timm_eed.training.build import Precision, build_model, build_optimizer, build_scheduler, build_task, setup_device
-from timm_eed.training.checkpoint import resume, resume_path
+from timm_eed.training.checkpoint import Start, find_checkpoint, resume
 from timm_eed.training.data import Data, create_data
 from timm_eed.training.engine import evaluate, mean_lr, train_one_epoch, updates_per_epoch
 from timm_eed.training.errors import TrainingError
-from timm_eed.training.report import closing_table, epoch_lines
+from timm_eed.training.random_state import gather_random_states, get_random_state
+from timm_eed.training.report import closing_table, epoch_lines, trim_summary
+from timm_eed.training.saver import RunSaver, write_atomically
 
 _logger = logging.getLogger('train_eed')
 
@@ -51,7 +53,7 @@ def run(args: Namespace) -> Dict[str, float]:
     """Train as the arguments say and return the metrics of the last evaluation."""
     command = dict(vars(args))
     device = setup_device(args)
-    checkpoint = resume_path(args)
+    found = find_checkpoint(args)
     model = build_model(args, device)
     data_config = input_config(args, model)
     data = create_data(args, data_config, model.num_classes, device)
@@ -63,22 +65,20 @@ def run(args: Namespace) -> Dict[str, float]:
         task.setup_ema(
             decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
             device=torch.device('cpu') if args.model_ema_force_cpu else None)
-    start_epoch = resume(args, task, checkpoint, optimizer, precision.scaler) if checkpoint else 0
-    if args.start_epoch is not None:
-        start_epoch = args.start_epoch
+    start = resume(args, task, *found, optimizer, precision.scaler) if found else Start(args.start_epoch or 0)
     prepare_task(args, task)
     updates = updates_per_epoch(len(data.train), args.grad_accum_steps)
     scheduler, num_epochs = build_scheduler(args, optimizer, updates)
-    if scheduler is not None and start_epoch:
-        step = scheduler.step_update if args.sched_on_updates else scheduler.step
-        step(start_epoch * updates if args.sched_on_updates else start_epoch)
-    if start_epoch >= num_epochs:
-        _logger.info(f'The run is complete, there is nothing left to do ({start_epoch} of {num_epochs} epochs).')
+    set_schedule(args, scheduler, start.epoch, updates, found[1] if found else {})
+    if start.epoch >= num_epochs:
+        _logger.info(f'The run is complete, there is nothing left to do ({start.epoch} of {num_epochs} epochs).')
         return {}
-    saver = open_run(args, command, model, task, optimizer, precision, data_config, checkpoint, start_epoch)
+    saver = open_run(args, command, model, task, optimizer, precision, scheduler, data_config, found, start)
+    del found  # the weights in it
     if args.primary:
-        log_plan(args, model, data, data_config, start_epoch, num_epochs)
-    metrics = fit(args, task, data, optimizer, precision, scheduler, saver, start_epoch, num_epochs)
+        log_plan(args, model, data, data_config, start.epoch, num_epochs)
+    start.restore_random_state()
+    metrics = fit(args, task, data, optimizer, precision, scheduler, saver, start, num_epochs)
     if args.primary and metrics:
         print(f"\n{args.model} after {num_epochs} epochs, {args.run_dir}")
         print(closing_table(model, metrics, data_config['input_size']))
@@ -91,6 +91,20 @@ def input_config(args: Namespace, model: TimmModel) -> Dict[str, Any]:
         return resolve_data_config(vars(args), model=model)
     except AssertionError as error:
         raise TrainingError('--mean and --std take one value, or one per input channel.') from error
+
+
+def set_schedule(
+        args: Namespace, scheduler: Optional[Any], epoch: int, updates: int, checkpoint: Dict[str, Any],
+) -> None:
+    """Put the schedule where the run starts: all but plateau follow from the epoch alone."""
+    if scheduler is None or not epoch:
+        return
+    if isinstance(scheduler, PlateauLRScheduler) and 'plateau' in checkpoint:
+        scheduler.lr_scheduler.load_state_dict(checkpoint['plateau'])
+    elif args.sched_on_updates:
+        scheduler.step_update(epoch * updates)
+    else:
+        scheduler.step(epoch)
 
 
 def prepare_task(args: Namespace, task: TrainingTask) -> None:
@@ -112,10 +126,11 @@ def open_run(
         task: TrainingTask,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
+        scheduler: Optional[Any],
         data_config: Dict[str, Any],
-        checkpoint: Optional[str],
-        start_epoch: int,
-) -> Optional[CheckpointSaver]:
+        found: Optional[Tuple[str, Dict[str, Any]]],
+        start: Start,
+) -> Optional[RunSaver]:
     """Make the run's folder with args.yaml in it, and the checkpoint saver; on the first process only."""
     args.run_dir = None
     if not args.primary:
@@ -124,17 +139,20 @@ def open_run(
         datetime.now().strftime('%Y%m%d-%H%M%S'), timm.models.safe_model_name(args.model),
         str(data_config['input_size'][-1])])
     args.run_dir = get_outdir(args.output or './output/train', name)
-    with open(os.path.join(args.run_dir, 'args.yaml'), 'w', encoding='utf-8') as file:
-        yaml.safe_dump(command, file, sort_keys=False)
+    text = yaml.safe_dump(command, sort_keys=False)
+    write_atomically(os.path.join(args.run_dir, 'args.yaml'), lambda file: file.write(text.encode()))
     saved_args = Namespace(**command)  # what the command said; devices and dtypes are this machine's matter
-    saver = CheckpointSaver(
+    saver = RunSaver(
         model, optimizer, args=saved_args, amp_scaler=precision.scaler, checkpoint_dir=args.run_dir,
-        recovery_dir=args.run_dir, decreasing='loss' in args.eval_metric, max_history=args.checkpoint_hist, task=task)
-    if not checkpoint and os.path.exists(os.path.join(args.run_dir, 'last.pth.tar')):
-        _logger.warning(f"'{args.run_dir}' holds a run, which this one overwrites (--resume auto continues it).")
-    if args.resume == 'auto' and checkpoint:
-        saver.load_state_dict_from_checkpoint(checkpoint)
-    trim_summary(os.path.join(args.run_dir, 'summary.csv'), start_epoch)
+        recovery_dir=args.run_dir, decreasing='loss' in args.eval_metric, max_history=args.checkpoint_hist, task=task,
+        scheduler=scheduler)
+    if found is None:
+        if os.path.exists(os.path.join(args.run_dir, 'last.pth.tar')):
+            _logger.warning(f"'{args.run_dir}' holds a run, which this one overwrites (--resume auto continues it).")
+        saver.start_afresh()
+    elif args.resume == 'auto':
+        saver.continue_run(found[1], found[0])
+    trim_summary(os.path.join(args.run_dir, 'summary.csv'), start.epoch)
     if args.log_wandb:
         start_wandb(args, command)
     return saver
@@ -176,15 +194,16 @@ def fit(
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         scheduler: Optional[Any],
-        saver: Optional[CheckpointSaver],
-        start_epoch: int,
+        saver: Optional[RunSaver],
+        start: Start,
         num_epochs: int,
 ) -> Dict[str, float]:
     """The loop over epochs; returns the metrics of the last evaluation."""
     metrics: Dict[str, float] = {}
     not_evaluated = dict.fromkeys(task.create_evaluator().metric_names, '') if data.validation else {}
-    for epoch in range(start_epoch, num_epochs):
-        train_metrics = train_one_epoch(epoch, task, data, optimizer, args, precision, scheduler, saver)
+    for epoch in range(start.epoch, num_epochs):
+        position = start.position if epoch == start.epoch else None
+        train_metrics = train_one_epoch(epoch, task, data, optimizer, args, precision, scheduler, saver, position)
         if args.distributed and args.dist_bn:
             distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
         lr = mean_lr(optimizer)
@@ -192,8 +211,12 @@ def fit(
         use_ema = task.has_ema() and not args.model_ema_force_cpu
         if evaluated:
             metrics = evaluate_epoch(args, task, data, precision, use_ema)
+        current = metrics if evaluated else {}
+        if scheduler is not None:
+            scheduler.step(epoch + 1, current.get(args.eval_metric))
+        random_states = gather_random_states(get_random_state())
         if saver is not None:
-            current = metrics if evaluated else {}
+            saver.random_states = random_states
             _logger.info(epoch_lines(epoch, num_epochs, train_metrics, current, lr, ema=use_ema))
             if skipped := data.take_skipped():
                 _logger.warning(f'{skipped} unreadable images were replaced by their neighbours in this epoch.')
@@ -201,8 +224,6 @@ def fit(
                 epoch, train_metrics, current or not_evaluated, os.path.join(args.run_dir, 'summary.csv'), lr=lr,
                 log_wandb=args.log_wandb)
             saver.save_checkpoint(epoch, metric=current.get(args.eval_metric))
-        if scheduler is not None:
-            scheduler.step(epoch + 1, metrics.get(args.eval_metric) if evaluated else None)
     return metrics
 
 

@@ -1,67 +1,131 @@
-"""Loading checkpoints, with messages instead of walls of keys."""
+"""Reading checkpoints, with messages instead of walls of keys."""
 import argparse
+import glob
 import logging
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import clean_state_dict, load_state_dict
-from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from timm.task import TrainingTask
 
 from ..multi_exit import MultiExitWrapper
 from .errors import TrainingError
+from .random_state import RandomState, set_random_state
 
-__all__ = ['load_initial_checkpoint', 'resume', 'resume_path']
+__all__ = ['Start', 'find_checkpoint', 'load_checkpoint', 'load_initial_checkpoint', 'resume']
 
 _logger = logging.getLogger(__name__)
 
 
-def resume_path(args: argparse.Namespace) -> Optional[str]:
-    """The checkpoint to continue from, None for a fresh run.
+class Start(NamedTuple):
+    """Where a run begins: the epoch, the place within it for a recovery checkpoint, and the random states there."""
+    epoch: int = 0
+    position: Optional[Dict[str, Any]] = None
+    random: Optional[RandomState] = None
+
+    def restore_random_state(self) -> None:
+        """To be called when everything is built and the first epoch is about to start."""
+        if self.random is not None:
+            set_random_state(self.random)
+
+
+def find_checkpoint(args: argparse.Namespace) -> Optional[Tuple[str, Dict[str, Any]]]:
+    """Path and content of the checkpoint to continue from, None for a fresh run.
+
+    For --resume auto that is the one furthest on; one that cannot be read is reported and the one before it taken.
 
     Raises:
-        TrainingError: If the named file does not exist.
+        TrainingError: If the named file does not exist or is no checkpoint, or if no file of a run can be read.
     """
-    if args.resume == 'auto':
-        path = os.path.join(args.output or './output/train', args.experiment, 'last.pth.tar')
-        if not os.path.exists(path):
-            _logger.info(f"--resume auto: no checkpoint at '{path}' yet, starting afresh.")
-            return None
-        return path
-    if args.resume and not os.path.isfile(args.resume):
-        raise TrainingError(f"--resume: there is no checkpoint '{args.resume}'.")
-    return args.resume or None
+    if not args.resume:
+        return None
+    if args.resume != 'auto':
+        if not os.path.isfile(args.resume):
+            raise TrainingError(f"--resume: there is no checkpoint '{args.resume}'.")
+        return args.resume, load_checkpoint(args.resume)
+    folder = os.path.join(args.output or './output/train', args.experiment)
+    paths = [path for pattern in ('last', 'previous', 'recovery-*', 'checkpoint-*')
+             for path in glob.glob(os.path.join(glob.escape(folder), pattern + '.pth.tar'))]
+    found: Optional[Tuple[str, Dict[str, Any]]] = None
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        if found and os.path.basename(path).startswith('checkpoint-'):
+            continue  # older than what there is, or the same file
+        try:
+            content = load_checkpoint(path)
+        except TrainingError as error:
+            _logger.warning(f'{error} Taking the one before it.')
+            continue
+        if found is None or _progress(content) > _progress(found[1]):
+            found = path, content
+    if found:
+        return found
+    if paths:
+        raise TrainingError(f"--resume auto: none of the checkpoints in '{folder}' can be read.")
+    _logger.info(f"--resume auto: no checkpoint in '{folder}' yet, starting afresh.")
+    return None
+
+
+def _progress(checkpoint: Dict[str, Any]) -> Tuple[int, int]:
+    """Epochs and batches done."""
+    if position := checkpoint.get('position'):
+        return checkpoint['epoch'], position['batch']
+    return checkpoint['epoch'] + (checkpoint.get('version', 1) > 1), 0  # timm's version 1 counts epochs begun
+
+
+def load_checkpoint(path: str) -> Dict[str, Any]:
+    """The content of a training checkpoint, on the CPU; nothing but tensors, numbers, text and flags is unpickled.
+
+    Raises:
+        TrainingError: If the file cannot be read or is no training checkpoint.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # unpicklers fail in many ways
+        raise TrainingError(f"'{path}' is no readable checkpoint: {_first_lines(error, 1)}") from error
+    if not isinstance(content, dict) or 'state_dict' not in content or not isinstance(content.get('epoch'), int):
+        raise TrainingError(f"'{path}' is no training checkpoint.")
+    return content
 
 
 def resume(
         args: argparse.Namespace,
         task: TrainingTask,
         path: str,
+        checkpoint: Dict[str, Any],
         optimizer: torch.optim.Optimizer,
         scaler: Optional[Any],
-) -> int:
-    """Restore model, moving average, optimizer and loss scaler, and return the epoch to go on with.
+) -> Start:
+    """Restore model, moving average, optimizer and loss scaler.
 
     Raises:
-        TrainingError: If the file is no checkpoint, or one of another model.
+        TrainingError: If the checkpoint is one of another model.
     """
-    metadata = _metadata(path)
-    _check_fits(metadata.get('args'), args, path)
+    _check_fits(checkpoint.get('args'), args, path)
     try:
-        epoch = resume_task_checkpoint(
-            task,
-            path,
-            optimizer=None if args.no_resume_opt else optimizer,
-            loss_scaler=None if args.no_resume_opt else scaler,
-            log_info=args.primary,
-        )
+        task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if task.has_ema():
-            load_task_ema_checkpoint(task, path)
+            key = 'state_dict_ema' if 'state_dict_ema' in checkpoint else 'state_dict'
+            state = checkpoint.get('task_state_ema' if key.endswith('ema') else 'task_state')
+            task.load_checkpoint_state(clean_state_dict(checkpoint[key]), state, ema=True)
+        if not args.no_resume_opt:
+            optimizer.load_state_dict(checkpoint['optimizer'])
+            if scaler is not None and scaler.state_dict_key in checkpoint:
+                scaler.load_state_dict(checkpoint[scaler.state_dict_key])
     except (RuntimeError, ValueError, KeyError) as error:
         raise TrainingError(f"The checkpoint '{path}' does not fit this run: {_first_lines(error)}") from error
-    return epoch or 0
+    if args.start_epoch is not None:
+        return Start(args.start_epoch)
+    epoch, batch = _progress(checkpoint)
+    states: List[RandomState] = checkpoint.get('random', [])
+    if len(states) != args.world_size:
+        _logger.warning(f"'{path}' has the random states of {len(states)} processes, this run has {args.world_size}: "
+                        'it goes on, but not exactly as it would have.')
+        return Start(epoch)
+    _logger.info(f"Continuing from '{path}': {epoch} epochs are done" + (f', and {batch} batches.' if batch else '.'))
+    return Start(epoch, checkpoint.get('position'), states[args.rank])
 
 
 def load_initial_checkpoint(model: nn.Module, path: str) -> None:
@@ -86,16 +150,6 @@ def load_initial_checkpoint(model: nn.Module, path: str) -> None:
         raise TrainingError(
             f"The weights in '{path}' do not fit this model, check --model, --num-classes and the exits: "
             f'{_first_lines(error)}') from error
-
-
-def _metadata(path: str) -> Dict[str, Any]:
-    try:
-        metadata = load_checkpoint_metadata(path)
-    except Exception as error:
-        raise TrainingError(f"'{path}' is no readable checkpoint: {_first_lines(error)}") from error
-    if not isinstance(metadata, dict):
-        raise TrainingError(f"'{path}' is no training checkpoint.")
-    return metadata
 
 
 def _check_fits(saved: Optional[argparse.Namespace], args: argparse.Namespace, path: str) -> None:

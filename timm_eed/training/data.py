@@ -199,13 +199,16 @@ def _evaluation_loader(
         args: argparse.Namespace, dataset: Any, data_config: Dict[str, Any], loader: Dict[str, Any],
 ) -> Any:
     workers = min(2, args.workers) if args.distributed and args.dataset.startswith(('tfds', 'wds')) else args.workers
-    return create_loader(dataset, **{**loader, 'num_workers': workers}, **dict(
+    created = create_loader(dataset, **{**loader, 'num_workers': workers}, **dict(
         batch_size=args.validation_batch_size or args.batch_size,
         is_training=False,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
     ))
+    # a generator of its own: that an evaluation took place must not change what training draws afterwards
+    getattr(created, 'loader', created).generator = torch.Generator()
+    return created
 
 
 def _crop_from_padded(dataset: Any, input_size: Tuple[int, int, int], padding: int) -> None:
@@ -243,7 +246,9 @@ def _training_transforms(args: argparse.Namespace, data_config: Dict[str, Any]) 
         num_aug_splits=args.aug_splits,
         interpolation=interpolation,
         use_multi_epochs_loader=args.use_multi_epochs_loader,
-        persistent_workers=not args.mixup_off_epoch,  # workers that live on would not hear of mixup's end
+        # new workers for every epoch draw from the process's random state alone, so that a run can be continued
+        # exactly, and hear of mixup's end
+        persistent_workers=False,
     )
 
 

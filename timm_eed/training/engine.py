@@ -5,18 +5,20 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 from timm.task import TrainingTask, evaluation_sample_limit
-from timm.utils import CheckpointSaver, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 
 from .build import Precision
 from .data import Data
 from .errors import TrainingError
+from .random_state import gather_random_states, get_random_state, set_random_state
 from .report import format_rate
+from .saver import RunSaver
 
 __all__ = ['LossTerms', 'evaluate', 'mean_lr', 'train_one_epoch', 'updates_per_epoch']
 
@@ -67,6 +69,15 @@ class LossTerms:
         """Means of summed terms."""
         return dict(zip(self.names, (total / max(samples, 1)).tolist()))
 
+    def state(self) -> Dict[str, torch.Tensor]:
+        """What `load_state` needs to count on within an epoch."""
+        return {'terms': self._sum.cpu(), 'samples': torch.tensor(self._samples)}
+
+    def load_state(self, state: Dict[str, torch.Tensor]) -> None:
+        """Count on from `state`."""
+        self._sum.copy_(state['terms'])
+        self._samples = int(state['samples'])
+
     def reduced(self) -> Dict[str, float]:
         """Means over all processes."""
         total = torch.cat([self._sum, self._sum.new_tensor([float(self._samples)])])
@@ -92,9 +103,10 @@ def train_one_epoch(
         args: argparse.Namespace,
         precision: Precision,
         scheduler: Optional[Any] = None,
-        saver: Optional[CheckpointSaver] = None,
+        saver: Optional[RunSaver] = None,
+        position: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, float]:
-    """Train for one epoch and return the means of the loss terms.
+    """Train for one epoch, or the rest of one behind `position`, and return the means of the loss terms.
 
     Raises:
         TrainingError: If the loss is not finite.
@@ -105,9 +117,18 @@ def train_one_epoch(
     optimizer.zero_grad()
     terms = LossTerms(device)
     num_batches, accum = len(data.train), args.grad_accum_steps
-    updates = epoch * updates_per_epoch(num_batches, accum)
+    updates, first = epoch * updates_per_epoch(num_batches, accum), 0
+    at_start = gather_random_states(get_random_state()) if args.recovery_interval else []
+    batches = iter(_progress(data.train, f'epoch {epoch}', args))
+    if position is not None:
+        first, updates = position['batch'], position['updates']
+        _skip(batches, first, args)
+        terms.load_state(position['ranks'][args.rank])
+        set_random_state(position['ranks'][args.rank])
+        if scheduler is not None:
+            scheduler.step_update(num_updates=updates)
     start, seen = time.time(), 0
-    for step, (x, y) in enumerate(_progress(data.train, f'epoch {epoch}', args)):
+    for step, (x, y) in enumerate(batches, first):
         x, y = _to_device(x, y, device, args)
         if data.mixup is not None:
             x, y = data.mixup(x, y)
@@ -132,14 +153,26 @@ def train_one_epoch(
             means = terms.check(epoch)
             if args.primary and not last:
                 _log_step(epoch, step, num_batches, means, optimizer, seen / (time.time() - start))
-        if saver is not None and args.recovery_interval and need_update and (step + 1) % args.recovery_interval == 0:
+        # at the first update since the interval was over; the epoch's own checkpoint follows its last batch
+        if args.recovery_interval and need_update and not last and (step + 1) % args.recovery_interval < accum:
             terms.check(epoch)
-            saver.save_recovery(epoch, batch_idx=step)
+            ranks = gather_random_states({**get_random_state(), **terms.state()})
+            if saver is not None:
+                saver.random_states = at_start
+                saver.save_recovery(epoch, step, dict(batch=step + 1, updates=updates, ranks=ranks))
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     metrics = terms.reduced() if args.distributed else terms.check(epoch)
     metrics['images_per_second'] = seen / (time.time() - start)
     return metrics
+
+
+def _skip(batches: Iterator[Any], count: int, args: argparse.Namespace) -> None:
+    """Draw the batches that were trained on before: the loader and its workers end up where they were."""
+    if args.primary:
+        _logger.info(f'Going through the {count} batches of this epoch that are done ..')
+    for _ in range(count):
+        next(batches)
 
 
 def _backward(

@@ -1,12 +1,16 @@
 """What a run prints: a block per epoch, a table at the end."""
+import csv
+import io
+import os
 from typing import Dict, List, Optional
 
 import torch.nn as nn
 
 from ..multi_exit import MultiExitWrapper
 from ..profiling import ensemble_gmacs, profile
+from .saver import write_atomically
 
-__all__ = ['closing_table', 'epoch_lines', 'format_rate']
+__all__ = ['closing_table', 'epoch_lines', 'format_rate', 'trim_summary']
 
 
 def epoch_lines(
@@ -28,6 +32,22 @@ def epoch_lines(
             for name, top1, top5 in accuracies(validation)
         ]
     return '\n'.join(lines)
+
+
+def trim_summary(path: str, epochs: int) -> None:
+    """Keep the rows of the first `epochs` epochs of a summary.csv; the old file stays until the new one is whole.
+
+    A last row that a kill cut short goes, too. With 0 epochs a new file is started.
+    """
+    if not os.path.exists(path):
+        return
+    with open(path, newline='', encoding='utf-8') as file:
+        rows = list(csv.reader(file))
+    header = rows[0] if rows else []
+    kept = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit() and int(row[0]) < epochs]
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([header, *kept] if kept else [])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def format_rate(images_per_second: float) -> str:

@@ -3,13 +3,13 @@ import argparse
 import os
 from typing import Any, Dict, NamedTuple
 
-import torch
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from ..exits import TimmModel
 from .arguments import build_parser
 from .build import make_model
+from .checkpoint import load_checkpoint
 from .config import apply_config
 from .errors import TrainingError
 
@@ -62,16 +62,11 @@ def load_run(path: str, checkpoint: str = 'last', ema: bool = True) -> Run:
     file = os.path.join(run_dir, file)
     if not os.path.isfile(file):
         raise TrainingError(f"The run has no checkpoint '{file}' (yet).")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(file, map_location='cpu', weights_only=True)
-        use_ema = ema and 'state_dict_ema' in saved
-        state = clean_state_dict(saved['state_dict_ema' if use_ema else 'state_dict'])
-    except Exception as error:  # unpicklers fail in many ways
-        raise TrainingError(f"'{file}' is no readable checkpoint: {str(error).splitlines()[0]}") from error
+    saved = load_checkpoint(file)
+    use_ema = ema and 'state_dict_ema' in saved
     model = make_model(args)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(clean_state_dict(saved['state_dict_ema' if use_ema else 'state_dict']))
     except RuntimeError as error:
         raise TrainingError(f"The weights in '{file}' do not fit the flags in args.yaml: {error}") from error
     model.eval()
