@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from itertools import count
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from .build import Precision
 from .data import Data
 from .errors import TrainingError
-from .random_state import gather_random_states, get_random_state, set_random_state
+from .random_state import RandomState, gather_random_states, get_random_state, set_random_state
 from .report import format_rate
 from .saver import RunSaver
 
@@ -122,13 +123,19 @@ def train_one_epoch(
     batches = iter(_progress(data.train, f'epoch {epoch}', args))
     if position is not None:
         first, updates = position['batch'], position['updates']
-        _skip(batches, first, args)
+        _skip(batches, first, position['before_last'][args.rank], args)
         terms.load_state(position['ranks'][args.rank])
         set_random_state(position['ranks'][args.rank])
         if scheduler is not None:
             scheduler.step_update(num_updates=updates)
     start, seen = time.time(), 0
-    for step, (x, y) in enumerate(batches, first):
+    for step in count(first):
+        recovery = _saves_recovery(step, num_batches, args)
+        before = get_random_state() if recovery else {}
+        batch = next(batches, None)
+        if batch is None:
+            break
+        x, y = batch
         x, y = _to_device(x, y, device, args)
         if data.mixup is not None:
             x, y = data.mixup(x, y)
@@ -153,13 +160,14 @@ def train_one_epoch(
             means = terms.check(epoch)
             if args.primary and not last:
                 _log_step(epoch, step, num_batches, means, optimizer, seen / (time.time() - start))
-        # at the first update since the interval was over; the epoch's own checkpoint follows its last batch
-        if args.recovery_interval and need_update and not last and (step + 1) % args.recovery_interval < accum:
+        if recovery:
             terms.check(epoch)
             ranks = gather_random_states({**get_random_state(), **terms.state()})
+            before_last = gather_random_states(before)
             if saver is not None:
                 saver.random_states = at_start
-                saver.save_recovery(epoch, step, dict(batch=step + 1, updates=updates, ranks=ranks))
+                saver.save_recovery(epoch, step, dict(
+                    batch=step + 1, updates=updates, ranks=ranks, before_last=before_last))
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     metrics = terms.reduced() if args.distributed else terms.check(epoch)
@@ -167,12 +175,24 @@ def train_one_epoch(
     return metrics
 
 
-def _skip(batches: Iterator[Any], count: int, args: argparse.Namespace) -> None:
-    """Draw the batches that were trained on before: the loader and its workers end up where they were."""
+def _saves_recovery(step: int, num_batches: int, args: argparse.Namespace) -> bool:
+    """Whether a recovery checkpoint follows a batch: the first update behind each interval but not the epoch's end."""
+    interval, accum = args.recovery_interval, args.grad_accum_steps
+    return bool(interval) and (step + 1) % accum == 0 and (step + 1) % interval < accum and step + 1 < num_batches
+
+
+def _skip(batches: Iterator[Any], number: int, before_last: RandomState, args: argparse.Namespace) -> None:
+    """Draw the batches that were trained on before: the loader and its workers end up where they were.
+
+    timm's loader prepares one batch ahead, drawing between the training steps' own random numbers; `before_last` is the
+    state in which it prepared the batch that is trained on next.
+    """
     if args.primary:
-        _logger.info(f'Going through the {count} batches of this epoch that are done ..')
-    for _ in range(count):
+        _logger.info(f'Going through the {number} batches of this epoch that are done ..')
+    for _ in range(number - 1):
         next(batches)
+    set_random_state(before_last)
+    next(batches)
 
 
 def _backward(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-__all__ = ['gather_random_states', 'get_random_state', 'set_random_state']
+__all__ = ['RandomState', 'gather_random_states', 'get_random_state', 'set_random_state']
 
 RandomState = Dict[str, torch.Tensor]
 
