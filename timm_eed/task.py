@@ -112,7 +112,7 @@ class MultiExitTask(TrainingTask):
         """A fresh evaluator for this task's eval model."""
         return MultiExitEvaluator(self.num_exits, device=self.device, **kwargs)
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:
         """One training step's forward pass.
 
         Args:
@@ -120,10 +120,11 @@ class MultiExitTask(TrainingTask):
             target: Class indices [B], or soft targets [B, K].
 
         Returns:
-            Dictionary with `loss`, `output` (main logits [B, K]), `task_loss`, `distill_loss`, `feature_loss`.
+            Dictionary with `loss`, `output` (main logits [B, K]), `logits` (of all classifiers), `task_loss`,
+            `distill_loss`, `feature_loss`.
         """
         out = self.trainable_module(input)
-        return {**self.criterion(out.logits, out.features, target), 'output': out.logits[-1]}
+        return {**self.criterion(out.logits, out.features, target), 'output': out.logits[-1], 'logits': out.logits}
 
 
 class MultiExitEvaluator(ClassificationEvaluator):

@@ -14,6 +14,7 @@ from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 
+from ..losses import ensemble_mean
 from .build import Precision
 from .data import Data
 from .errors import TrainingError
@@ -21,15 +22,32 @@ from .random_state import RandomState, gather_random_states, get_random_state, s
 from .report import format_rate
 from .saver import RunSaver
 
-__all__ = ['LossTerms', 'evaluate', 'mean_lr', 'train_one_epoch', 'updates_per_epoch']
+__all__ = ['LossTerms', 'batch_accuracy', 'evaluate', 'mean_lr', 'train_one_epoch', 'updates_per_epoch']
 
 _logger = logging.getLogger(__name__)
 
 _TERMS = ('loss', 'task_loss', 'distill_loss', 'feature_loss')
 
 
+def batch_accuracy(result: Dict[str, Any], target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Top-1 (%) of a training batch by classifier, under the evaluation's names; none for targets that are not indices.
+
+    Args:
+        result: A task's result, with `output` [B, K], and `logits` of all classifiers where there are exits.
+        target: Class indices [B], or anything else.
+    """
+    logits = [z.detach().float() for z in result.get('logits', [])]
+    by_name = {f'top1_exit{i + 1}': z for i, z in enumerate(logits[:-1])}
+    by_name['top1'] = result['output'].detach()
+    if logits:
+        by_name['top1_ensemble'] = ensemble_mean(logits)
+    if target.ndim != 1 or target.dtype.is_floating_point or len(target) != len(by_name['top1']):
+        return {}
+    return {name: 100 * z.argmax(-1).eq(target).float().mean() for name, z in by_name.items()}
+
+
 class LossTerms:
-    """Running means of the loss terms, kept on the device; the host looks only when it is asked.
+    """Running means of the loss terms and accuracies, kept on the device; the host looks only when it is asked.
 
     Args:
         device: Device of the losses.
@@ -37,16 +55,17 @@ class LossTerms:
 
     def __init__(self, device: torch.device):
         self.names: List[str] = []
-        self._sum = torch.zeros(len(_TERMS), device=device)
+        self._device = device
+        self._sum = torch.zeros(0, device=device)
         self._samples = 0
         self._unseen: List[Tuple[int, torch.Tensor]] = []
 
     def add(self, step: int, result: Dict[str, torch.Tensor], samples: int) -> None:
         """Count the terms of one step."""
-        self.names = [name for name in _TERMS if name in result]
+        self.names = [name for name in result if name in _TERMS or name.startswith('top1')]
         terms = torch.stack([result[name].detach().float() for name in self.names])
         self._unseen.append((step, terms))
-        self._sum[:len(terms)] += terms * samples
+        self._sum = terms * samples + (self._sum if len(self._sum) else 0)
         self._samples += samples
 
     def check(self, epoch: int) -> Dict[str, float]:
@@ -59,7 +78,7 @@ class LossTerms:
             terms = torch.stack([terms for _, terms in self._unseen]).cpu()
             for (step, _), row in zip(self._unseen, terms.tolist()):
                 if not all(map(math.isfinite, row)):
-                    values = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, row))
+                    values = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, row) if name in _TERMS)
                     raise TrainingError(
                         f'The loss is not finite at epoch {epoch}, step {step}: {values}. No checkpoint was written '
                         'since. Lower --lr, clip with --clip-grad 1, or use --amp-dtype bfloat16.')
@@ -76,7 +95,7 @@ class LossTerms:
 
     def load_state(self, state: Dict[str, torch.Tensor]) -> None:
         """Count on from `state`."""
-        self._sum.copy_(state['terms'])
+        self._sum = state['terms'].to(self._device)
         self._samples = int(state['samples'])
 
     def reduced(self) -> Dict[str, float]:
@@ -146,7 +165,7 @@ def train_one_epoch(
             with precision.autocast():
                 result = task(x, y)
             _backward(result['loss'] / group, task, optimizer, args, precision, need_update)
-        terms.add(step, result, len(x))
+        terms.add(step, {**result, **batch_accuracy(result, y)}, len(x))
         seen += len(x) * args.world_size
         if need_update:
             updates += 1
@@ -276,7 +295,7 @@ def _log_step(
         optimizer: torch.optim.Optimizer,
         rate: float,
 ) -> None:
-    losses = '  '.join(f'{name} {value:.4f}' for name, value in means.items())
+    losses = '  '.join(f'{name} {value:.4f}' for name, value in means.items() if name.endswith('loss'))
     width = len(str(num_batches))
     _logger.info(
         f'epoch {epoch}  step {step + 1:>{width}}/{num_batches}  {losses}  '

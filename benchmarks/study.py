@@ -1,0 +1,159 @@
+"""When does exit-ensemble distillation help? The runs behind docs/study.md: prepare the images, run, collect.
+
+    python benchmarks/study.py prepare --download --data DIR          # CIFAR-10, or --source FOLDER for an ImageFolder
+    python benchmarks/study.py run --data DIR --output RUNS --jobs 2  # resumable: start it again after a stop
+    python benchmarks/study.py collect --output RUNS                  # docs/study/*.csv from the runs' own files
+
+A run is one YAML of benchmarks/study/ with one seed, trained by train_eed.py in a process of one thread and then
+evaluated on the test images, once, at its last epoch, by `timm-eed validate`.
+"""
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / 'benchmarks' / 'study'
+RESULTS = ROOT / 'docs' / 'study'
+SEEDS = {
+    'small_none': 5, 'small_ce': 5, 'small_kd_kl': 5, 'small_eed_kl': 5, 'small_eed_mse': 5,
+    'full_none': 3, 'full_ce': 3, 'full_eed_kl': 3, 'small_kd_mse': 3, 'small_eed_mse_exit1_main': 3}
+SMALL, VALIDATION = 500, 200  # images per class
+
+
+def main() -> None:
+    """Run a step of the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest='step', required=True)
+    step = steps.add_parser('prepare', help='make the splits')
+    step.add_argument('--data', required=True, help='folder of the splits')
+    step.add_argument('--source', help='folder with train/ and validation/ or test/, a folder per class in each')
+    step.add_argument('--download', action='store_true', help="torchvision's CIFAR-10 instead")
+    step = steps.add_parser('run', help='train and evaluate what is missing')
+    step.add_argument('--data', required=True, help='folder of the splits')
+    step.add_argument('--output', required=True, help='folder of the runs')
+    step.add_argument('--jobs', type=int, default=1, help='processes at a time')
+    step.add_argument('--only', nargs='+', metavar='NAME', help='configurations, all if not given')
+    step.add_argument('--seeds', type=int, nargs='+', help="seeds; the study's if not given")
+    step = steps.add_parser('collect', help='write the results of finished runs')
+    step.add_argument('--output', required=True, help='folder of the runs')
+    args = parser.parse_args()
+    dict(prepare=prepare, run=run, collect=collect)[args.step](args)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Splits as folders of links: train_small, train_full, val (the last images of each class) and test."""
+    source = export_cifar10(Path(args.data) / 'cifar10') if args.download else Path(args.source)
+    test = next(folder for name in ('test', 'validation', 'val') if (folder := source / name).is_dir())
+    for class_folder in sorted((source / 'train').iterdir()):
+        images = sorted(class_folder.iterdir())
+        train, val = images[:-VALIDATION], images[-VALIDATION:]
+        splits = dict(train_small=train[:SMALL], train_full=train, val=val,
+                      test=sorted((test / class_folder.name).iterdir()))
+        for split, files in splits.items():
+            folder = Path(args.data) / split / class_folder.name
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                if not (folder / file.name).exists():
+                    os.symlink(file.resolve(), folder / file.name)
+            print(f'{split:<12} {class_folder.name:<12} {len(files):5d} images')
+
+
+def export_cifar10(folder: Path) -> Path:
+    """torchvision's CIFAR-10 as PNG files, a folder per class."""
+    from torchvision.datasets import CIFAR10
+    for split, train in (('train', True), ('test', False)):
+        data = CIFAR10(str(folder / 'download'), train=train, download=True)
+        for index, (image, label) in enumerate(data):
+            path = folder / split / data.classes[label] / f'{index:05d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return folder
+
+
+def run(args: argparse.Namespace) -> None:
+    """Go through the runs seed by seed, so that a study that is stopped has complete seeds."""
+    names = args.only or list(SEEDS)
+    seeds = args.seeds or range(max(SEEDS.values()))
+    jobs = [(name, seed) for seed in seeds for name in names if args.seeds or seed < SEEDS[name]]
+    jobs = [job for job in jobs if not (run_folder(args.output, *job) / 'test.json').exists()]
+    print(f'{len(jobs)} runs to do', flush=True)
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not jobs:
+                    return
+                name, seed = jobs.pop(0)
+            one_run(args, name, seed)
+            print(f'{name} seed {seed} done, {len(jobs)} runs wait', flush=True)
+
+    workers = [threading.Thread(target=work) for _ in range(args.jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def run_folder(output: str, name: str, seed: int) -> Path:
+    """Folder of one run."""
+    return Path(output) / f'{name}-seed{seed}'
+
+
+def commands(data: str, output: str, name: str, seed: int) -> Tuple[List[str], List[str]]:
+    """The training and the evaluation command of one run."""
+    folder = run_folder(output, name, seed)
+    train = [sys.executable, str(ROOT / 'train_eed.py'), '--config', str(CONFIGS / f'{name}.yaml'), '--data', data,
+             '--seed', str(seed), '--output', output, '--experiment', folder.name, '--resume', 'auto']
+    test = [sys.executable, '-m', 'timm_eed.cli', 'validate', str(folder), '--split', 'test', '--device', 'cpu',
+            '--workers', '0', '--json', str(folder / 'test.json')]
+    return train, test
+
+
+def one_run(args: argparse.Namespace, name: str, seed: int) -> None:
+    """Train, then evaluate; what they print goes to log.txt in the run's folder."""
+    folder = run_folder(args.output, name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    with open(folder / 'log.txt', 'a', encoding='utf-8') as log:
+        for command in commands(args.data, args.output, name, seed):
+            subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
+
+
+def collect(args: argparse.Namespace) -> None:
+    """results.csv (test metrics by run and classifier) and curves.csv (epochs) of all finished runs."""
+    results: List[Dict[str, object]] = []
+    curves: List[Dict[str, object]] = []
+    for name in SEEDS:
+        for folder in sorted(Path(args.output).glob(f'{name}-seed*')):
+            if not (folder / 'test.json').exists():
+                continue
+            seed = int(folder.name.rsplit('seed', 1)[1])
+            for classifier, row in json.loads((folder / 'test.json').read_text())['metrics'].items():
+                results.append(dict(config=name, seed=seed, classifier=classifier,
+                                    **{key: f'{value:.4f}' for key, value in row.items()}))
+            with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
+                for row in csv.DictReader(file):
+                    for key, value in row.items():
+                        split, _, metric = key.partition('_')
+                        if metric.startswith('top1'):
+                            curves.append(dict(
+                                config=name, seed=seed, epoch=row['epoch'], split=split,
+                                classifier=metric[len('top1'):].lstrip('_') or 'main', top1=f'{float(value):.2f}'))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for path, rows in ((RESULTS / 'results.csv', results), (RESULTS / 'curves.csv', curves)):
+        with open(path, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f'{path}: {len(rows)} rows')
+
+
+if __name__ == '__main__':
+    main()
