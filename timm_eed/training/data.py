@@ -288,10 +288,12 @@ def _create_split(
     elif args.dataset.startswith('eed/'):
         raise TrainingError(f"Unknown data set '{args.dataset}'; the package ships eed/digits.")
     kwargs: Dict[str, Any] = {} if args.dataset.startswith('torch/') else {'input_img_mode': image_mode}
+    # torchvision's data sets are kept in a folder, which need not be named
+    root = args.data_dir or ('./data' if args.dataset.startswith('torch/') else None)
     try:
         dataset = create_dataset(
             args.dataset,
-            root=args.data_dir,
+            root=root,
             split=split,
             is_training=training,
             class_map=args.class_map,

@@ -1,0 +1,105 @@
+"""Pictures of trained exits (extra `plot`): each function takes numbers and gives a matplotlib figure.
+
+Figure numbers are those of 'Exit-Ensemble Distillation'.
+"""
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+
+from .curves import Group
+
+__all__ = ['curves_figure', 'dissimilarity_figure', 'right_wrong_figure']
+
+_SPLITS = {'train': 'training images', 'eval': 'validation images'}
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('pictures need matplotlib: pip install "timm-eed[plot]"') from None
+    figure = Figure(figsize=(columns * width, rows * height), layout='constrained', dpi=130)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _line(axes: Any, values: np.ndarray, color: str, label: str) -> None:
+    """Mean over runs with a band of one standard deviation, [runs, epochs]; epochs that were not measured are left out.
+    """
+    epochs = np.flatnonzero(~np.isnan(values).any(0))
+    mean = values[:, epochs].mean(0)
+    axes.plot(epochs + 1, mean, color=color, label=label, linewidth=1.4)
+    if len(values) > 1:
+        std = values[:, epochs].std(0, ddof=1)
+        axes.fill_between(epochs + 1, mean - std, mean + std, color=color, alpha=.2, linewidth=0)
+
+
+def curves_figure(groups: Sequence[Group]) -> Any:
+    """Figs. 3 and 5: top-1 over epochs. One kind of run: a line per classifier; several: a panel per classifier.
+
+    Bands are one standard deviation over the runs of a group.
+    """
+    splits = [split for split in _SPLITS if any(group.curves[split] for group in groups)]
+    names: List[str] = []
+    for group in groups:
+        names += [name for name in group.curves['eval'] or group.curves['train'] if name not in names]
+    names.sort(key=lambda name: (name == 'ensemble', name == 'main', name))
+    single = len(groups) == 1
+    figure, axes = _figure(len(splits), 1 if single else len(names), 5.2 if single else 3.1, 3.0)
+    for row, split in zip(axes, splits):
+        for i, name in enumerate(names):
+            panel = row[0] if single else row[i]
+            for j, group in enumerate(groups):
+                if name in group.curves[split]:
+                    _line(panel, group.curves[split][name], f'C{i if single else j}',
+                          name if single else f'{group.label} (n = {len(group.folders)})')
+            panel.set_title(_SPLITS[split] if single else f'{name}, {_SPLITS[split]}', fontsize=9)
+            panel.set_xlabel('epoch', fontsize=8)
+            panel.set_ylabel('top-1 (%)', fontsize=8)
+            panel.tick_params(labelsize=8)
+            panel.grid(alpha=.3)
+    most = max((panel for row in axes for panel in row), key=lambda p: len(p.get_legend_handles_labels()[0]))
+    handles, labels = most.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)), fontsize=8)
+    return figure
+
+
+def right_wrong_figure(counts: np.ndarray, names: Sequence[str]) -> Any:
+    """Fig. 2: a 2x2 table per exit of images that it and the main network get right or wrong.
+
+    Args:
+        counts: [exits, 2, 2], as `analysis.right_wrong_counts` gives them.
+        names: Names of the exits.
+    """
+    figure, axes = _figure(1, len(counts), 2.5, 2.5)
+    for panel, table, name in zip(axes[0], counts, names):
+        panel.imshow(table, cmap='Blues', vmin=0, vmax=counts.sum((1, 2)).max())
+        for (i, j), value in np.ndenumerate(table):
+            share = 100 * value / table.sum()
+            dark = value > .5 * table.sum()
+            panel.text(j, i, f'{value}\n{share:.1f} %', ha='center', va='center', fontsize=9,
+                       color='white' if dark else 'black')
+        panel.set_xticks([0, 1], ['right', 'wrong'], fontsize=8)
+        panel.set_yticks([0, 1], ['right', 'wrong'], fontsize=8, rotation=90, va='center')
+        panel.set_xlabel(name, fontsize=9)
+        panel.set_ylabel('main', fontsize=9)
+    return figure
+
+
+def dissimilarity_figure(matrices: Dict[str, np.ndarray], contrasts: Dict[str, float]) -> Any:
+    """Fig. 4: dissimilarity matrices, images sorted by class; dark blocks on the diagonal are classes held together.
+
+    Args:
+        matrices: [N, N] by title.
+        contrasts: `analysis.class_contrast` by the same title.
+    """
+    rows = (len(matrices) + 1) // 2
+    figure, axes = _figure(rows, 2, 3.4, 3.2)
+    for panel in axes.flat[len(matrices):]:
+        panel.set_axis_off()
+    for panel, (title, matrix) in zip(axes.flat, matrices.items()):
+        image = panel.imshow(matrix, cmap='viridis', vmin=0, vmax=max(1., float(np.quantile(matrix, .99))))
+        panel.set_title(f'{title}\nclass contrast {contrasts[title]:.3f}', fontsize=9)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        figure.colorbar(image, ax=panel, shrink=.75).ax.tick_params(labelsize=7)
+    return figure
