@@ -7,6 +7,7 @@
 """
 import logging
 import os
+import shlex
 import sys
 from argparse import Namespace
 from datetime import datetime
@@ -28,6 +29,7 @@ from timm_eed.training.checkpoint import Start, find_checkpoint, resume
 from timm_eed.training.data import Data, create_data
 from timm_eed.training.engine import evaluate, mean_lr, train_one_epoch, updates_per_epoch
 from timm_eed.training.errors import TrainingError
+from timm_eed.training.publish import Sections, publish_run, read_sections
 from timm_eed.training.random_state import gather_random_states, get_random_state
 from timm_eed.training.report import closing_table, epoch_lines, trim_summary
 from timm_eed.training.saver import RunSaver, write_atomically
@@ -52,6 +54,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def run(args: Namespace) -> Dict[str, float]:
     """Train as the arguments say and return the metrics of the last evaluation."""
     command = dict(vars(args))
+    sections = read_sections(args.config) if args.push_to_hub and args.config else None
     device = setup_device(args)
     found = find_checkpoint(args)
     model = build_model(args, device)
@@ -82,7 +85,21 @@ def run(args: Namespace) -> Dict[str, float]:
     if args.primary and metrics:
         print(f"\n{args.model} after {num_epochs} epochs, {args.run_dir}")
         print(closing_table(model, metrics, data_config['input_size']))
+    if args.primary and args.push_to_hub:
+        push(args, sections)
     return metrics
+
+
+def push(args: Namespace, sections: Optional[Sections]) -> None:
+    """Publish the run that just ended; should that fail, it is told how to try again."""
+    try:
+        commit = publish_run(args.run_dir, args.push_to_hub, sections)
+    except (ValueError, ConnectionError) as error:
+        config = args.config or os.path.join(args.run_dir, 'args.yaml')
+        again = shlex.join(
+            ['timm-eed', 'publish', config, '--checkpoint', args.run_dir, '--repo', args.push_to_hub])
+        raise TrainingError(f'the run is complete, but was not published: {error}\nTry again with: {again}') from error
+    print(f'\nPublished: {commit.commit_url}')
 
 
 def input_config(args: Namespace, model: TimmModel) -> Dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Shared by all tests: two threads, and a small folder of real images made on the spot."""
+"""Shared by all tests: two threads, a hub on the loopback interface, and a small folder of real images."""
+from hub_session import HUB  # first: huggingface_hub reads its settings when it is imported
+
+# isort: split
+import time
 from pathlib import Path
 
 import pytest
@@ -28,3 +32,23 @@ def image_folder(tmp_path: Path) -> Path:
     write_images(root / 'train', 12)
     write_images(root / 'val', 4, train=False)
     return root
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty Hub that knows `me` (hf_me, which is set) and `you` (hf_you); waiting is short."""
+    HUB.reset()
+    HUB.tokens.update(hf_me='me', hf_you='you')
+    monkeypatch.setenv('HF_TOKEN', 'hf_me')
+    sleep = time.sleep
+    monkeypatch.setattr(time, 'sleep', lambda seconds: sleep(min(seconds, .01)))
+    return HUB
+
+
+@pytest.fixture
+def one_thread():
+    """For networks that are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 """timm_eed: multi-exit timm models, trained with exit-ensemble distillation."""
 from . import models  # noqa: F401  # registers the CIFAR networks with timm
 from .exits import EXIT_TYPES, ExitHead
+from .hub import from_pretrained, push_to_hub
 from .losses import ExitEnsembleDistillationLoss, create_multi_exit_loss
 from .multi_exit import MultiExitOutput, MultiExitWrapper, create_model, wrap
 from .profiling import profile
@@ -18,6 +19,8 @@ __all__ = [
     'MultiExitWrapper',
     'create_model',
     'create_multi_exit_loss',
+    'from_pretrained',
     'profile',
+    'push_to_hub',
     'wrap',
 ]

@@ -3,7 +3,8 @@
 Shapes: B batch, C channels, H x W input, D pre-logits width, K classes, k classifiers (the main network counted).
 """
 import difflib
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
@@ -50,6 +51,11 @@ class MultiExitWrapper(nn.Module):
         exit_type: Kind of head, one of `timm_eed.EXIT_TYPES`.
         exit_kwargs: Further arguments of `ExitHead`: `drop_rate` (the backbone's own if not given), `last_stride`.
 
+    Attributes:
+        early_exit_config: Settings of early exit that are saved and loaded with the model, None until it was
+            calibrated: a mapping with `policy` (name), `thresholds` (a number or None per exit) and `temperatures`
+            (a number per classifier, or None).
+
     Raises:
         ValueError: If the backbone has no classifier, or an exit index or the exit type is wrong.
 
@@ -77,6 +83,7 @@ class MultiExitWrapper(nn.Module):
             infos, exit_indices, cfg.get('architecture') or type(backbone).__name__)
         self.exit_type = exit_type
         self.exit_kwargs = exit_kwargs
+        self.early_exit_config: Optional[Dict[str, Any]] = None
         self.backbone: TimmModel = backbone
         self.backbone_frozen = False
         self.exits: Any = self._make_exits()
@@ -257,6 +264,32 @@ class MultiExitWrapper(nn.Module):
         """The plain timm model, its state_dict keys unchanged."""
         return self.backbone
 
+    def save_pretrained(
+            self,
+            save_directory: Union[str, Path],
+            *,
+            metrics: Optional[Mapping[str, float]] = None,
+            data_config: Optional[Dict[str, Any]] = None,
+            model_config: Optional[Dict[str, Any]] = None,
+            card: Optional[Any] = None,
+    ) -> None:
+        """Write the model into a folder: `timm_eed.from_pretrained(folder)` gives it back, and
+        `timm.create_model('local-dir:folder', pretrained=True)` the plain backbone. Files are replaced whole.
+
+        Args:
+            save_directory: Folder, made if it does not exist.
+            metrics: Numbers to keep with the model, as in `{'top1_exit1': 71.2}`.
+            data_config: Preprocessing, where it is not the backbone's own: `mean`, `std`, `input_size`, `crop_pct`, ..
+            model_config: Further entries of timm's config.json, as in `{'label_names': [..]}`.
+            card: Model card (a `huggingface_hub.ModelCard` or its text), written as README.md.
+
+        Raises:
+            ValueError: If timm could not rebuild the backbone from what it knows about itself.
+        """
+        from .pretrained import save_pretrained  # that module loads models and so imports this one
+        save_pretrained(
+            self, save_directory, metrics=metrics, data_config=data_config, model_config=model_config, card=card)
+
 
 def classifier_layers(model: TimmModel) -> List[nn.Module]:
     """The classifiers of a model: its own, of which some models have two or more, then those of its exits."""
@@ -306,10 +339,16 @@ def create_model(
 ) -> MultiExitWrapper:
     """`timm.create_model()` and `wrap()` in one; `timm_kwargs` go to timm.
 
+    Names of repos and folders are spelled as in timm: 'hf-hub:user/name@revision', 'local-dir:path'. With `pretrained`,
+    exits that are there come along with their weights, unless `exit_indices` or `exit_type` ask for others.
+
     Raises:
         ValueError: If timm knows no such model (the message names similar ones), or as in `wrap`.
     """
     check_model_name(model_name)
+    if pretrained and ':' in model_name:
+        from .hub import load_source  # that module loads models and so imports this one
+        return load_source(model_name, exit_indices, exit_type, **timm_kwargs)
     return wrap(timm.create_model(model_name, pretrained=pretrained, **timm_kwargs), exit_indices, exit_type)
 
 

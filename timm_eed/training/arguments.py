@@ -3,6 +3,7 @@ import argparse
 import os
 from typing import Any, Dict, List, Optional, Sequence, Union
 
+from huggingface_hub import get_token
 from timm.utils import ParseKwargs
 
 from ..exits import EXIT_TYPES
@@ -37,6 +38,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--freeze-backbone trains the exits alone, and --eed-method none has no exits; drop one of them.')
     if args.eed_method != 'eed' and args.eed_teacher != 'ensemble':
         parser.error(f'--eed-teacher goes with --eed-method eed, not with {args.eed_method}.')
+    if args.push_to_hub:
+        _check_push(parser, args)
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto needs --experiment, the name of the run to continue.')
     for name in ('batch_size', 'grad_accum_steps', 'epochs', 'log_interval', 'val_interval', 'checkpoint_hist'):
@@ -63,6 +66,17 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--split-bn keeps batch norm statistics per augmentation split; add --aug-splits 2 or more.')
     if args.model_dtype not in (None, 'float32') and args.amp:
         parser.error('--amp keeps the model in float32; drop --amp or --model-dtype.')
+
+
+def _check_push(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End now what would end after the last epoch."""
+    if args.eed_method == 'none':
+        parser.error('--push-to-hub publishes models with exits, and --eed-method none has none; '
+                     'timm.models.push_to_hf_hub publishes plain models.')
+    if args.push_to_hub.count('/') != 1:
+        parser.error(f"--push-to-hub: '{args.push_to_hub}' is no repo of the form user/name.")
+    if get_token() is None:
+        parser.error('--push-to-hub needs a token: log in with `hf auth login`, or set HF_TOKEN.')
 
 
 def loss_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
@@ -140,6 +154,8 @@ def _exits(parser: argparse.ArgumentParser) -> None:
     add('--exit-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
         help='arguments for the exits: drop_rate, last_stride')
     add('--freeze-backbone', action='store_true', help='train the exits alone')
+    add('--push-to-hub', default='', metavar='USER/NAME',
+        help='publish the last checkpoint on the Hugging Face Hub at the end (its moving average if there is one)')
 
 
 def _data(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,9 @@ from typing import Any, Dict
 import yaml
 from timm.utils import ParseKwargs
 
-__all__ = ['apply_config']
+__all__ = ['SECTIONS', 'apply_config']
+
+SECTIONS = ('results', 'card')  # what a file may hold besides flags, for `timm-eed publish`
 
 _logger = logging.getLogger(__name__)
 
@@ -19,13 +21,15 @@ def apply_config(parser: argparse.ArgumentParser, path: str) -> None:
 
     Args:
         parser: Parser of all flags.
-        path: YAML file, a mapping of flag names (with - or _) to values.
+        path: YAML file, a mapping of flag names (with - or _) to values; SECTIONS are left to who publishes.
     """
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     defaults: Dict[str, Any] = {}
     for key, value in _read(parser, path).items():
         name = str(key).replace('-', '_')
         dest = 'data_dir' if name == 'data' else name
+        if dest in SECTIONS:
+            continue
         if dest not in actions:
             close = difflib.get_close_matches(name, actions, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ''
