@@ -3,7 +3,7 @@ import argparse
 import sys
 from typing import Optional, Sequence
 
-from .commands import info, validate
+from .commands import info, publish, report, validate
 
 __all__ = ['main']
 
@@ -12,7 +12,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run a subcommand; errors that the user can mend end it with one message."""
     parser = argparse.ArgumentParser(prog='timm-eed', description='Multi-exit timm models.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for command in (info, validate):
+    for command in (info, validate, report, publish):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

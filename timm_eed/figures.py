@@ -44,10 +44,10 @@ def curves_figure(groups: Sequence[Group]) -> Any:
         names += [name for name in group.curves['eval'] or group.curves['train'] if name not in names]
     names.sort(key=lambda name: (name == 'ensemble', name == 'main', name))
     single = len(groups) == 1
-    figure, axes = _figure(len(splits), 1 if single else len(names), 5.2 if single else 3.1, 3.0)
-    for row, split in zip(axes, splits):
+    figure, axes = _figure(1 if single else len(names), len(splits), 3.6, 2.6 if single else 2.2)
+    for column, split in enumerate(splits):
         for i, name in enumerate(names):
-            panel = row[0] if single else row[i]
+            panel = axes[0 if single else i, column]
             for j, group in enumerate(groups):
                 if name in group.curves[split]:
                     _line(panel, group.curves[split][name], f'C{i if single else j}',
@@ -59,7 +59,7 @@ def curves_figure(groups: Sequence[Group]) -> Any:
             panel.grid(alpha=.3)
     most = max((panel for row in axes for panel in row), key=lambda p: len(p.get_legend_handles_labels()[0]))
     handles, labels = most.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(3, len(labels)), fontsize=8)
+    figure.legend(handles, labels, loc='outside lower center', ncols=5 if single else 1, fontsize=8)
     return figure
 
 

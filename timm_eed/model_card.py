@@ -1,7 +1,7 @@
 """The model card of a published model: what it is, what each exit costs and gives, how to load it both ways."""
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -62,12 +62,12 @@ def exit_results(
     return rows
 
 
-def accuracy_figure(rows: Sequence[ExitResult], path: Union[str, Path]) -> bool:
+def accuracy_figure(rows: Sequence[ExitResult], path: Union[str, Path, BinaryIO]) -> bool:
     """Draw accuracy against GFLOPs into a PNG file; False, with a note in the log, where there is nothing to draw.
 
     Args:
         rows: Results as `exit_results` gives them.
-        path: The file.
+        path: The file, by name or open.
     """
     measured = [(row.exit, row.gflops, row.top1) for row in rows if row.top1 is not None]
     if len(measured) < 2:

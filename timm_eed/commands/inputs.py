@@ -45,9 +45,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_exit_arguments(parser)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """DATA and the flags that belong to it."""
-    parser.add_argument('data', nargs='?', metavar='DATA', help="data folder; the run's own data if not given")
+def add_data_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
+    """DATA (or --data) and the flags that belong to it."""
+    name: Dict[str, Any] = dict(nargs='?') if positional else {}
+    parser.add_argument('data' if positional else '--data', metavar='DATA', **name,
+                        help="data folder; the run's own data if not given")
     parser.add_argument('--dataset', metavar='NAME', help='type/name of a data set, as in training')
     parser.add_argument('--dataset-download', action='store_true', help='download data sets that support it')
     parser.add_argument('--split', metavar='NAME', help="split to read; the run's validation split if not given")
