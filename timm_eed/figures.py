@@ -18,7 +18,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError('pictures need matplotlib: pip install "timm-eed[plot]"') from None
-    figure = Figure(figsize=(columns * width, rows * height), layout='constrained', dpi=130)
+    figure = Figure(figsize=(columns * width, rows * height), layout='constrained', dpi=100)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -9,7 +9,8 @@ from timm.utils import ParseKwargs
 
 __all__ = ['SECTIONS', 'apply_config']
 
-SECTIONS = ('results', 'card')  # what a file may hold besides flags, for `timm-eed publish`
+# what a file may hold besides flags: for `timm-eed publish`, and the paper's figures for docs/paper.md
+SECTIONS = ('results', 'card', 'paper')
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ..hub import push_folder
 from ..model_card import make_model_card, write_model_card
 from ..multi_exit import MultiExitWrapper
 from .arguments import build_parser
-from .config import SECTIONS, apply_config
+from .config import apply_config
 from .errors import TrainingError
 from .runs import Run, load_run, read_arguments
 
@@ -62,8 +62,9 @@ def read_sections(path: str) -> Sections:
         raise TrainingError(f"cannot read '{path}': {error}") from error
     if not isinstance(content, dict):
         raise TrainingError(f"'{path}' must be a mapping of flags to values, with sections results and card.")
-    sections = [content.get(name) or {} for name in SECTIONS]
-    for name, section in zip(SECTIONS, sections):
+    names = ('results', 'card')
+    sections = [content.get(name) or {} for name in names]
+    for name, section in zip(names, sections):
         if not isinstance(section, dict):
             raise TrainingError(f"{path}: the section '{name}' must be a mapping.")
     results, card = sections
