@@ -70,8 +70,9 @@ def run(args: Namespace) -> Dict[str, float]:
             device=torch.device('cpu') if args.model_ema_force_cpu else None)
     start = resume(args, task, *found, optimizer, precision.scaler) if found else Start(args.start_epoch or 0)
     prepare_task(args, task)
-    updates = updates_per_epoch(len(data.train), args.grad_accum_steps)
+    updates = updates_per_epoch(data.num_batches, args.grad_accum_steps)
     scheduler, num_epochs = build_scheduler(args, optimizer, updates)
+    num_epochs = min(num_epochs, args.stop_epoch or num_epochs)
     set_schedule(args, scheduler, start.epoch, updates, found[1] if found else {})
     if start.epoch >= num_epochs:
         _logger.info(f'The run is complete, there is nothing left to do ({start.epoch} of {num_epochs} epochs).')
@@ -224,7 +225,9 @@ def fit(
         if args.distributed and args.dist_bn:
             distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
         lr = mean_lr(optimizer)
-        evaluated = data.validation is not None and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs)
+        milestone = epoch + 1 in (args.save_epochs or [])
+        evaluated = data.validation is not None and (
+            (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs or milestone)
         use_ema = task.has_ema() and not args.model_ema_force_cpu
         if evaluated:
             metrics = evaluate_epoch(args, task, data, precision, use_ema)
@@ -241,6 +244,8 @@ def fit(
                 epoch, train_metrics, current or not_evaluated, os.path.join(args.run_dir, 'summary.csv'), lr=lr,
                 log_wandb=args.log_wandb)
             saver.save_checkpoint(epoch, metric=current.get(args.eval_metric))
+            if milestone:
+                saver.save_milestone(epoch + 1)
     return metrics
 
 

@@ -221,5 +221,5 @@ def test_degenerate_cases_say_what_to_do():
         ExitEnsembleDistillationLoss(beta=1.)(logits, None, target)
     with pytest.raises(ValueError, match="goes with method 'eed'"):
         create_multi_exit_loss(method='kd', teacher=[0])
-    with pytest.raises(ValueError, match='Multi-label'):
-        create_multi_exit_loss(multi_label=True)
+    with pytest.raises(ValueError, match='does not support multi-label'):
+        create_multi_exit_loss('ce', multi_label=True)

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 import timm_eed
 import train_eed
 from timm_eed.commands import publish
-from timm_eed.training.arguments import build_parser
+from timm_eed.training.flags import build_parser
 from timm_eed.training.publish import _from_arguments
 from timm_eed.training.runs import load_run
 

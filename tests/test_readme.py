@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from timm_eed.cli import main
-from timm_eed.training.arguments import build_parser
+from timm_eed.training.flags import build_parser
 
 README = (Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
 

@@ -26,7 +26,7 @@ def test_one_step_equals_the_plain_loop(batch):
     model = copy.deepcopy(task.get_trainable_module().module)
     assert isinstance(task, TrainingTask)
     result = task(*batch)
-    assert set(result) == {'loss', 'output', 'task_loss', 'distill_loss', 'feature_loss'}
+    assert set(result) == {'loss', 'output', 'logits', 'task_loss', 'distill_loss', 'feature_loss'}
     out = model.forward_exits(batch[0])
     expected = ExitEnsembleDistillationLoss(1., .5)(out.logits, out.features, batch[1])['loss']
     assert torch.equal(result['loss'], expected)

@@ -6,6 +6,7 @@ Shapes: N images, K classes, D feature width, k classifiers (shallow to deep, th
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import torch
+from timm.task import MultiLabelClassificationEvaluator
 from tqdm import tqdm
 
 from .losses import ensemble_mean
@@ -93,7 +94,15 @@ def subset_logits(logits: torch.Tensor, members: Optional[Sequence[int]] = None)
 
 
 def score(logits: torch.Tensor, targets: torch.Tensor) -> Dict[str, float]:
-    """Metrics of one classifier's logits [N, K]: top1, top5, ece (%), and loss (mean negative log likelihood)."""
+    """Metrics of one classifier's logits [N, K]: top1, top5, ece (%), and loss (mean negative log likelihood).
+
+    For multi-label targets [N, K]: map, macro_f1, micro_f1 (%), and loss (mean binary cross-entropy).
+    """
+    if targets.ndim == 2:
+        evaluator = MultiLabelClassificationEvaluator()
+        evaluator.update(logits, targets)
+        found = evaluator.compute()
+        return {name: found[name] for name in ('map', 'macro_f1', 'micro_f1', 'loss')}
     return dict(
         top1=accuracy(logits, targets),
         top5=accuracy(logits, targets, 5),

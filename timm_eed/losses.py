@@ -15,7 +15,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.loss import create_classification_loss
 
-__all__ = ['ExitEnsembleDistillationLoss', 'create_multi_exit_loss', 'distillation_kl', 'ensemble_mean']
+__all__ = [
+    'ExitEnsembleDistillationLoss',
+    'binary_distillation_kl',
+    'create_multi_exit_loss',
+    'distillation_kl',
+    'ensemble_mean',
+]
 
 Teacher = Union[str, Sequence[int]]
 
@@ -40,6 +46,21 @@ def distillation_kl(logits: torch.Tensor, teacher_log_prob: torch.Tensor, temper
     return F.kl_div(log_prob, teacher_log_prob, reduction='batchmean', log_target=True)
 
 
+def binary_distillation_kl(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL between the Bernoulli distributions of each label, averaged over labels and batch, without a factor T^2.
+
+    Args:
+        logits: Z [B, K], each label's own logit.
+        teacher_logits: G [B, K].
+        temperature: T.
+    """
+    z, g = logits / temperature, teacher_logits / temperature
+    prob = g.sigmoid()
+    # log p - log q and log(1 - p) - log(1 - q), as log sigmoids, which do not overflow
+    yes, no = F.logsigmoid(g) - F.logsigmoid(z), F.logsigmoid(-g) - F.logsigmoid(-z)
+    return (prob * yes + (1 - prob) * no).mean()
+
+
 class ExitEnsembleDistillationLoss(nn.Module):
     """Equation (8), and with other teachers (4) and the subsets of Table IV.
 
@@ -59,6 +80,8 @@ class ExitEnsembleDistillationLoss(nn.Module):
         temperature: T of the KL.
         teacher: 'ensemble' of all, 'main', or the indices of the members (0 is exit1, -1 the main network).
         task_loss: Criterion applied to each classifier, any that timm makes; cross-entropy when None.
+        multi_label: Targets are independent labels [B, K]: the KL is that of the sigmoids, averaged over labels as
+            timm's binary cross-entropy is; the default criterion is that one.
 
     Raises:
         ValueError: If a weight is negative, the temperature is not positive, or a name or index is wrong.
@@ -72,6 +95,7 @@ class ExitEnsembleDistillationLoss(nn.Module):
             temperature: float = 3.,
             teacher: Teacher = 'ensemble',
             task_loss: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None,
+            multi_label: bool = False,
     ):
         super().__init__()
         for name, value in (('alpha', alpha), ('beta', beta)):
@@ -86,7 +110,9 @@ class ExitEnsembleDistillationLoss(nn.Module):
         self.output_loss = output_loss
         self.temperature = temperature
         self.teacher = teacher
-        self.task_loss = task_loss if task_loss is not None else nn.CrossEntropyLoss()
+        self.multi_label = multi_label
+        default = nn.BCEWithLogitsLoss if multi_label else nn.CrossEntropyLoss
+        self.task_loss = task_loss if task_loss is not None else default()
         self._check_teacher()
 
     def _check_teacher(self) -> None:
@@ -126,7 +152,7 @@ class ExitEnsembleDistillationLoss(nn.Module):
         Args:
             logits: Z_1 .. Z_k, each [B, K].
             features: F_1 .. F_k, each [B, D]; may be None when beta is 0.
-            target: Class indices [B], or soft targets [B, K].
+            target: Class indices [B], soft targets [B, K], or labels [B, K] for multi-label targets.
 
         Returns:
             Dictionary with `loss` and the unweighted sums `task_loss`, `distill_loss`, `feature_loss`; a term that is
@@ -160,6 +186,8 @@ class ExitEnsembleDistillationLoss(nn.Module):
         teacher = ensemble_mean([logits[i].detach() for i in members])
         if self.output_loss == 'mse':
             return _sum([F.mse_loss(z, teacher) for z in students])
+        if self.multi_label:
+            return _sum([binary_distillation_kl(z, teacher, self.temperature) for z in students])
         teacher_log_prob = F.log_softmax(teacher / self.temperature, dim=-1)
         return _sum([distillation_kl(z, teacher_log_prob, self.temperature) for z in students])
 
@@ -194,7 +222,7 @@ def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def create_multi_exit_loss(
-        loss_type: Optional[str] = 'ce',
+        loss_type: Optional[str] = None,
         method: str = 'eed',
         alpha: float = 1.,
         beta: float = 0.,
@@ -206,20 +234,18 @@ def create_multi_exit_loss(
     """Multi-exit training criterion by name, beside timm's `create_classification_loss`.
 
     Args:
-        loss_type: Single-label criterion applied to each classifier: one of timm's ce, bce, asl, poly, jsd.
+        loss_type: Criterion applied to each classifier, one of timm's; ce when None, bce for multi-label targets.
         method: 'eed' is equation (8), 'kd' is (4), 'ce' is (2), which ignores alpha and beta.
         alpha: Weight of the output distillation.
         beta: Weight of the feature distillation.
         output_loss: 'kl' or 'mse'.
         temperature: T of the KL.
         teacher: With method 'eed' the members of the ensemble (Table IV), all when None.
-        timm_loss_kwargs: Further arguments of `timm.loss.create_classification_loss` (smoothing, soft_targets, ..).
+        timm_loss_kwargs: Further arguments of `timm.loss.create_classification_loss` (smoothing, multi_label, ..).
 
     Raises:
-        ValueError: If a name or a value is wrong, or the criterion is for multi-label targets.
+        ValueError: If a name or a value is wrong, or the criterion does not fit the targets.
     """
-    if timm_loss_kwargs.get('multi_label'):
-        raise ValueError('Multi-label targets are not supported with exits yet; train without exits (method none).')
     if method not in ('eed', 'kd', 'ce'):
         raise ValueError(f"Unknown method '{method}', choose 'eed' (8), 'kd' (4) or 'ce' (2).")
     if teacher is not None and method != 'eed':
@@ -229,4 +255,5 @@ def create_multi_exit_loss(
         alpha = beta = 0.
     if teacher is None:
         teacher = 'main' if method == 'kd' else 'ensemble'
-    return ExitEnsembleDistillationLoss(alpha, beta, output_loss, temperature, teacher, task_loss)
+    return ExitEnsembleDistillationLoss(
+        alpha, beta, output_loss, temperature, teacher, task_loss, bool(timm_loss_kwargs.get('multi_label')))

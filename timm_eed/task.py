@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 
 from .losses import ExitEnsembleDistillationLoss, ensemble_mean
 from .multi_exit import MultiExitOutput, MultiExitWrapper, classifier_layers
+from .multi_label import MultiLabelExitsEvaluator
 
 __all__ = ['AllExits', 'MultiExitEvaluator', 'MultiExitTask']
 
@@ -54,6 +55,7 @@ class MultiExitTask(TrainingTask):
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
+        threshold: Probability that counts as yes in the F1 metrics of multi-label targets.
 
     Raises:
         ValueError: If the model has no exits, or the criterion's teacher names a classifier that it has not.
@@ -74,6 +76,7 @@ class MultiExitTask(TrainingTask):
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            threshold: float = .5,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if not isinstance(model, MultiExitWrapper):
@@ -81,6 +84,7 @@ class MultiExitTask(TrainingTask):
         self.num_exits = model.num_exits
         self.trainable_module: Any = AllExits(model)
         self.criterion = (criterion if criterion is not None else ExitEnsembleDistillationLoss()).to(self.device)
+        self.threshold = threshold
         self.criterion.teacher_indices(self.num_exits)  # raises now what would fail in the first step
 
     def prepare_distributed(self, device_ids: Optional[List[int]] = None, **ddp_kwargs: Any) -> 'MultiExitTask':
@@ -108,8 +112,10 @@ class MultiExitTask(TrainingTask):
         excluded = {id(p) for layer in classifier_layers(model) for p in layer.parameters()}
         return [p for p in model.parameters() if id(p) not in excluded]
 
-    def create_evaluator(self, **kwargs: Any) -> 'MultiExitEvaluator':
-        """A fresh evaluator for this task's eval model."""
+    def create_evaluator(self, **kwargs: Any) -> Union['MultiExitEvaluator', MultiLabelExitsEvaluator]:
+        """A fresh evaluator for this task's eval model and kind of targets."""
+        if self.criterion.multi_label:
+            return MultiLabelExitsEvaluator(self.num_exits, self.device, threshold=self.threshold, **kwargs)
         return MultiExitEvaluator(self.num_exits, device=self.device, **kwargs)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, Any]:

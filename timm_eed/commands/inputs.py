@@ -10,8 +10,8 @@ from timm.utils import ParseKwargs
 
 from ..exits import EXIT_TYPES, TimmModel
 from ..multi_exit import check_model_name, wrap
-from ..training.arguments import build_parser
 from ..training.data import create_evaluation_loader
+from ..training.flags import build_parser
 from ..training.runs import load_run
 
 __all__ = ['Inputs', 'add_data_arguments', 'add_exit_arguments', 'add_model_arguments', 'load_data', 'load_model']

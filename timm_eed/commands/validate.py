@@ -58,10 +58,14 @@ def _run(args: argparse.Namespace) -> None:
             json.dump(dict(model=args.model, images=images, metrics=metrics), file, indent=2)
 
 
+_TITLES = {'top1': 'top-1', 'top5': 'top-5', 'ece': 'ECE', 'map': 'mAP', 'macro_f1': 'macro F1', 'micro_f1': 'micro F1'}
+
+
 def table(metrics: Dict[str, Dict[str, float]]) -> str:
     """Metrics as aligned text, a row per classifier."""
     width = max(8, *map(len, metrics))
-    lines = [f"{'exit':<{width}}  {'top-1':>8}  {'top-5':>8}  {'ECE':>8}  {'loss':>8}"]
-    lines += [f"{name:<{width}}  {row['top1']:6.2f} %  {row['top5']:6.2f} %  {row['ece']:6.2f} %  {row['loss']:8.4f}"
+    percents = [key for key in next(iter(metrics.values())) if key != 'loss']
+    lines = ['  '.join([f"{'exit':<{width}}", *(f'{_TITLES[key]:>8}' for key in percents), f"{'loss':>8}"])]
+    lines += ['  '.join([f'{name:<{width}}', *(f'{row[key]:6.2f} %' for key in percents), f"{row['loss']:8.4f}"])
               for name, row in metrics.items()]
     return '\n'.join(lines)

@@ -1,5 +1,6 @@
 """What a run is made of, from parsed arguments: device, model, task, optimizer, schedule."""
 import argparse
+import importlib
 import logging
 import os
 from contextlib import nullcontext
@@ -14,13 +15,21 @@ from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.task import ClassificationTask, TrainingTask
-from timm.utils import NativeScaler, init_distributed_device, random_seed
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from timm.utils import NativeScaler, init_distributed_device, random_seed, set_jit_fuser
 
 from ..exits import TimmModel
 from ..losses import create_multi_exit_loss
 from ..multi_exit import MultiExitWrapper, check_model_name, classifier_layers, wrap
 from ..task import MultiExitTask
+from ..teacher import MultiExitDistillationTask
 from .arguments import loss_kwargs
 from .checkpoint import load_initial_checkpoint
 from .errors import TrainingError
@@ -36,6 +45,10 @@ def setup_device(args: argparse.Namespace) -> torch.device:
 
     On the CPU, compute leaves cores to the loader's processes (at most half); OMP_NUM_THREADS decides otherwise.
     """
+    for module in args.device_modules or []:
+        importlib.import_module(module)
+    if args.fuser:
+        set_jit_fuser(args.fuser)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         _logger.warning('No GPU is available, training on the CPU (--device cpu says so without this warning).')
         args.device = 'cpu'
@@ -106,7 +119,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
         model.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:
         model = convert_sync_batchnorm(model)
-    return model
+    return torch.jit.script(model) if args.torchscript else model
 
 
 def make_model(args: argparse.Namespace) -> TimmModel:
@@ -158,27 +171,65 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
     """The training task: the loss over all exits, or timm's own for a plain model.
 
     Raises:
-        TrainingError: If the loss does not fit the flags or the model.
+        TrainingError: If the loss or the teacher does not fit the flags or the model.
     """
-    loss_type = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce')
-    timm_loss: Dict[str, Any] = dict(
-        loss_type=loss_type,
-        smoothing=args.smoothing,
-        soft_targets=args.mixup_active,
-        bce_sum=args.bce_sum,
-        bce_target_thresh=args.bce_target_thresh,
-        pos_weight=args.bce_pos_weight,
-        poly_epsilon=args.poly_epsilon,
-        jsd_splits=args.aug_splits,
-    )
+    common: Dict[str, Any] = dict(device=device, verbose=args.primary)
     try:
         if not isinstance(model, MultiExitWrapper):
-            criterion = create_classification_loss(**timm_loss)
-            return ClassificationTask(model, criterion, device=device, verbose=args.primary)
-        loss = create_multi_exit_loss(**loss_kwargs(args), **timm_loss)
-        return MultiExitTask(model, loss, device=device, verbose=args.primary)
-    except ValueError as error:
+            return _plain_task(args, model, common)
+        loss = create_multi_exit_loss(**loss_kwargs(args), **_criterion_kwargs(args))
+        if args.kd_model_name:
+            return MultiExitDistillationTask(
+                model, args.kd_model_name, loss, args.distill_loss_weight, args.task_loss_weight, args.kd_temperature,
+                **common)
+        return MultiExitTask(model, loss, threshold=args.multilabel_threshold, **common)
+    except (ValueError, RuntimeError) as error:
         raise TrainingError(str(error)) from error
+
+
+def _criterion_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    """What the flags say about the loss of each classifier, as arguments of timm's `create_classification_loss`."""
+    loss = args.loss or ('jsd' if args.jsd_loss else 'bce' if args.bce_loss else None)
+    return dict(
+        loss_type=loss,
+        multi_label=args.task == 'multilabel',
+        smoothing=args.smoothing,
+        soft_targets=args.mixup_active,
+        class_weight=args.loss_class_weight,
+        pos_weight=args.loss_pos_weight if args.bce_pos_weight is None else args.bce_pos_weight,
+        bce_sum=args.bce_sum,
+        bce_target_thresh=args.bce_target_thresh,
+        asl_gamma_pos=args.asl_gamma_pos,
+        asl_gamma_neg=args.asl_gamma_neg,
+        asl_clip=args.asl_clip,
+        asl_reduction=args.asl_reduction,
+        poly_epsilon=args.poly_epsilon,
+        poly_gamma=args.poly_gamma,
+        poly_alpha=args.poly_alpha,
+        jsd_splits=args.aug_splits,
+        twoway_tp=args.twoway_tp,
+        twoway_tn=args.twoway_tn,
+    )
+
+
+def _plain_task(args: argparse.Namespace, model: nn.Module, common: Dict[str, Any]) -> TrainingTask:
+    """timm's task for a model without exits."""
+    common = {**common, 'criterion': create_classification_loss(**_criterion_kwargs(args))}
+    if args.task == 'multilabel':
+        return MultiLabelClassificationTask(model, threshold=args.multilabel_threshold, **common)
+    if not args.kd_model_name:
+        return ClassificationTask(model, **common)
+    weights = dict(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+    if args.kd_distill_type == 'feature':
+        return FeatureDistillationTask(
+            model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim, **weights, **common)
+    if args.kd_distill_type == 'token':
+        return TokenDistillationTask(
+            model, args.kd_model_name, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature,
+            **weights, **common)
+    return LogitDistillationTask(
+        model, args.kd_model_name, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **weights, **common)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

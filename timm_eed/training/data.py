@@ -6,7 +6,15 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    ImageDataset,
+    Mixup,
+    MultiLabelTarget,
+    create_dataset,
+    create_loader,
+)
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torchvision.transforms import RandomCrop
 
@@ -80,6 +88,7 @@ class Data:
         mixup: Mixup on batches where the loader does not do it itself.
         collate_mixup: Mixup inside the loader.
         sources: The image data sets that count unreadable files.
+        max_batches: Most batches per epoch.
     """
 
     def __init__(
@@ -89,18 +98,25 @@ class Data:
             mixup: Optional[Mixup],
             collate_mixup: Optional[FastCollateMixup],
             sources: List[SkippingImageDataset],
+            max_batches: Optional[int] = None,
     ):
         self.train = train
+        self._max_batches = max_batches
         self.validation = validation
         self.mixup = mixup
         self._collate_mixup = collate_mixup
         self._sources = sources
 
+    @property
+    def num_batches(self) -> int:
+        """Training batches per epoch."""
+        return len(self.train) if self._max_batches is None else min(len(self.train), self._max_batches)
+
     def set_epoch(self, epoch: int, mixup_off_epoch: int = 0) -> None:
         """Tell samplers and streamed data sets the epoch, and end mixup when its time has come."""
         targets: Tuple[Any, Any] = (getattr(self.train, 'sampler', None), self.train.dataset)
-        for target in targets:
-            if hasattr(target, 'set_epoch'):
+        for target in (*targets, getattr(self.train, 'batch_sampler', None)):
+            if target is not None and hasattr(target, 'set_epoch'):
                 target.set_epoch(epoch)
         if mixup_off_epoch and epoch >= mixup_off_epoch:
             if self._collate_mixup is not None:
@@ -139,6 +155,8 @@ def create_data(
     if train is None:
         raise TrainingError("--train-split is empty; name the training split, as in --train-split train.")
     _check_classes(args, train, validation, num_classes)
+    for split in (train, validation):
+        _encode_labels(args, split, num_classes)
     sources = [dataset for dataset in (train, validation) if isinstance(dataset, SkippingImageDataset)]
     if args.aug_splits:
         train = AugMixDataset(train, num_splits=args.aug_splits)
@@ -146,7 +164,7 @@ def create_data(
     loader = _loader_kwargs(args, data_config, device)
     try:
         train_loader = create_loader(train, **loader, **_training_transforms(args, data_config), collate_fn=collate)
-    except (AssertionError, KeyError, ValueError) as error:  # names of policies, crops and interpolations
+    except (AssertionError, KeyError, ValueError, TypeError) as error:  # names of policies, crops and interpolations
         raise TrainingError(f'Cannot make the training loader: {type(error).__name__}: {error}') from error
     if args.crop_padding is not None:
         _crop_from_padded(train_loader.dataset, data_config['input_size'], args.crop_padding)
@@ -156,9 +174,9 @@ def create_data(
             f'The training split has {len(train)} images, {share} per process, less than one batch of '
             f'{args.batch_size}; lower --batch-size (-b) to {share} or less.')
     if validation is None:
-        return Data(train_loader, None, mixup, collate, sources)
+        return Data(train_loader, None, mixup, collate, sources, args.train_batches_per_epoch)
     validation_loader = _evaluation_loader(args, validation, data_config, loader)
-    return Data(train_loader, validation_loader, mixup, collate, sources)
+    return Data(train_loader, validation_loader, mixup, collate, sources, args.train_batches_per_epoch)
 
 
 def create_evaluation_loader(
@@ -177,7 +195,15 @@ def create_evaluation_loader(
     if dataset is None:
         raise TrainingError("--split is empty; name a split, as in --split validation.")
     _check_classes(args, dataset, None, num_classes)
+    _encode_labels(args, dataset, num_classes)
     return _evaluation_loader(args, dataset, data_config, _loader_kwargs(args, data_config, device))
+
+
+def _encode_labels(args: argparse.Namespace, dataset: Optional[Any], num_classes: int) -> None:
+    """Multi-label targets become vectors [K] of 0 and 1."""
+    if dataset is not None and args.task == 'multilabel':
+        dense = args.target_format == 'multihot' or ',' in (args.target_key or '')
+        dataset.target_transform = MultiLabelTarget(num_classes, dense=dense)
 
 
 def _loader_kwargs(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
@@ -249,6 +275,24 @@ def _training_transforms(args: argparse.Namespace, data_config: Dict[str, Any]) 
         # new workers for every epoch draw from the process's random state alone, so that a run can be continued
         # exactly, and hear of mixup's end
         persistent_workers=False,
+        **_sizes(args),
+    )
+
+
+def _sizes(args: argparse.Namespace) -> Dict[str, Any]:
+    """Batches at several image sizes."""
+    if not args.train_img_sizes:
+        return {}
+    return dict(
+        input_size_choices=args.train_img_sizes,
+        batch_size_choices=args.train_batch_sizes,
+        batch_choice_weights=args.train_size_probs,
+        batch_choice_seed=args.seed,
+        batch_choice_schedule=args.train_size_schedule,
+        batch_schedule_epochs=args.epochs,
+        batch_schedule_spread=args.train_size_schedule_spread,
+        batch_schedule_random_mix=args.train_size_random_mix,
+        num_batches=args.train_batches_per_epoch,
     )
 
 
@@ -271,6 +315,7 @@ def _create_mixup(
         mode=args.mixup_mode,
         label_smoothing=args.smoothing,
         num_classes=num_classes,
+        multi_label=args.task == 'multilabel',
     )
     return (None, Mixup(**kwargs)) if args.no_prefetcher else (FastCollateMixup(**kwargs), None)
 
@@ -288,6 +333,8 @@ def _create_split(
     elif args.dataset.startswith('eed/'):
         raise TrainingError(f"Unknown data set '{args.dataset}'; the package ships eed/digits.")
     kwargs: Dict[str, Any] = {} if args.dataset.startswith('torch/') else {'input_img_mode': image_mode}
+    if args.target_format:
+        kwargs['target_format'] = args.target_format
     # torchvision's data sets are kept in a folder, which need not be named
     root = args.data_dir or ('./data' if args.dataset.startswith('torch/') else None)
     try:
@@ -307,8 +354,10 @@ def _create_split(
             trust_remote_code=args.dataset_trust_remote_code,
             **kwargs,
         )
-    except (RuntimeError, OSError, AssertionError, ImportError) as error:
-        raise TrainingError(f"Cannot read split '{split}' of {args.dataset or args.data_dir}: {error}") from error
+    except (RuntimeError, OSError, AssertionError, ImportError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"Cannot read split '{split}' of {args.dataset or args.data_dir}: {type(error).__name__}: {error}"
+        ) from error
     return SkippingImageDataset(dataset) if type(dataset) is ImageDataset else dataset
 
 

@@ -2,16 +2,17 @@
 import argparse
 import logging
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
-from itertools import count
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from ..losses import ensemble_mean
@@ -26,7 +27,7 @@ __all__ = ['LossTerms', 'batch_accuracy', 'evaluate', 'mean_lr', 'train_one_epoc
 
 _logger = logging.getLogger(__name__)
 
-_TERMS = ('loss', 'task_loss', 'distill_loss', 'feature_loss')
+_TERMS = ('loss', 'task_loss', 'distill_loss', 'feature_loss', 'kd_loss')
 
 
 def batch_accuracy(result: Dict[str, Any], target: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -136,7 +137,7 @@ def train_one_epoch(
     task.train()
     optimizer.zero_grad()
     terms = LossTerms(device)
-    num_batches, accum = len(data.train), args.grad_accum_steps
+    num_batches, accum = data.num_batches, args.grad_accum_steps
     updates, first = epoch * updates_per_epoch(num_batches, accum), 0
     at_start = gather_random_states(get_random_state()) if args.recovery_interval else []
     batches = iter(_progress(data.train, f'epoch {epoch}', args))
@@ -148,11 +149,11 @@ def train_one_epoch(
         if scheduler is not None:
             scheduler.step_update(num_updates=updates)
     start, seen = time.time(), 0
-    for step in count(first):
+    for step in range(first, num_batches):
         recovery = _saves_recovery(step, num_batches, args)
         before = get_random_state() if recovery else {}
         batch = next(batches, None)
-        if batch is None:
+        if batch is None:  # a streamed data set may have fewer than it announced
             break
         x, y = batch
         x, y = _to_device(x, y, device, args)
@@ -164,7 +165,8 @@ def train_one_epoch(
         with nullcontext() if need_update else task.no_sync():
             with precision.autocast():
                 result = task(x, y)
-            _backward(result['loss'] / group, task, optimizer, args, precision, need_update)
+            loss = result['loss'] * _batch_scale(len(x), args)
+            _backward(loss / group, task, optimizer, args, precision, need_update)
         terms.add(step, {**result, **batch_accuracy(result, y)}, len(x))
         seen += len(x) * args.world_size
         if need_update:
@@ -179,6 +181,9 @@ def train_one_epoch(
             means = terms.check(epoch)
             if args.primary and not last:
                 _log_step(epoch, step, num_batches, means, optimizer, seen / (time.time() - start))
+                if args.save_images:
+                    path = os.path.join(args.run_dir, f'train-epoch-{epoch}-step-{step}.jpg')
+                    save_image(x, path, padding=0, normalize=True)
         if recovery:
             terms.check(epoch)
             ranks = gather_random_states({**get_random_state(), **terms.state()})
@@ -192,6 +197,14 @@ def train_one_epoch(
     metrics = terms.reduced() if args.distributed else terms.check(epoch)
     metrics['images_per_second'] = seen / (time.time() - start)
     return metrics
+
+
+def _batch_scale(size: int, args: argparse.Namespace) -> float:
+    """Factor on the loss of a batch of another size than --batch-size."""
+    if args.variable_batch_loss_scale == 'none':
+        return 1.
+    ratio = size / args.batch_size
+    return ratio if args.variable_batch_loss_scale == 'linear' else math.sqrt(ratio)
 
 
 def _saves_recovery(step: int, num_batches: int, args: argparse.Namespace) -> bool:

@@ -16,9 +16,9 @@ from huggingface_hub import CommitInfo, ModelCard
 from ..hub import push_folder
 from ..model_card import make_model_card, write_model_card
 from ..multi_exit import MultiExitWrapper
-from .arguments import build_parser
 from .config import apply_config
 from .errors import TrainingError
+from .flags import build_parser
 from .runs import Run, load_run, read_arguments
 
 __all__ = ['Sections', 'publish_run', 'read_sections', 'recipe', 'write_run']

@@ -2,7 +2,7 @@
 import csv
 import io
 import os
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch.nn as nn
 
@@ -11,6 +11,8 @@ from ..profiling import ensemble_gmacs, profile
 from .saver import write_atomically
 
 __all__ = ['closing_table', 'epoch_lines', 'format_rate', 'trim_summary']
+
+_LABELS = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'macro_f1': 'F1'}
 
 
 def epoch_lines(
@@ -27,10 +29,7 @@ def epoch_lines(
     lines = [f"Epoch {epoch + 1}/{num_epochs}  {losses}  lr {lr:.3g}  {format_rate(train['images_per_second'])}"]
     if validation:
         suffix = '  (moving average)' if ema else ''
-        lines += [
-            f'  {name:<8}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %{suffix}'
-            for name, top1, top5 in accuracies(validation)
-        ]
+        lines += [f'  {line}{suffix}' for line in _accuracy_lines(validation)]
     return '\n'.join(lines)
 
 
@@ -56,10 +55,22 @@ def format_rate(images_per_second: float) -> str:
 
 
 def accuracies(metrics: Dict[str, float]) -> List[tuple]:
-    """(name, top-1, top-5) of each exit, main, ensemble, in that order."""
-    suffixes = [name[len('top1'):] for name in metrics if name.startswith('top1_exit')]
-    suffixes += [suffix for suffix in ('', '_ensemble') if f'top1{suffix}' in metrics]
-    return [(suffix.lstrip('_') or 'main', metrics[f'top1{suffix}'], metrics[f'top5{suffix}']) for suffix in suffixes]
+    """Name and two metrics (top-1 and top-5, or mAP and macro F1) of each exit, main, ensemble, in that order."""
+    first, second = metric_names(metrics)
+    suffixes = [name[len(first):] for name in metrics if name.startswith(f'{first}_exit')]
+    suffixes += [suffix for suffix in ('', '_ensemble') if f'{first}{suffix}' in metrics]
+    return [(suffix.lstrip('_') or 'main', metrics[f'{first}{suffix}'], metrics[f'{second}{suffix}'])
+            for suffix in suffixes]
+
+
+def _accuracy_lines(metrics: Dict[str, float]) -> List[str]:
+    first, second = (_LABELS[name] for name in metric_names(metrics))
+    return [f'{name:<8}  {first} {a:6.2f} %  {second} {b:6.2f} %' for name, a, b in accuracies(metrics)]
+
+
+def metric_names(metrics: Dict[str, float]) -> Tuple[str, str]:
+    """The two metrics that are shown: those of single-label or of multi-label evaluation."""
+    return ('map', 'macro_f1') if 'map' in metrics else ('top1', 'top5')
 
 
 def closing_table(model: nn.Module, metrics: Dict[str, float], input_size: Optional[tuple] = None) -> str:
@@ -71,13 +82,13 @@ def closing_table(model: nn.Module, metrics: Dict[str, float], input_size: Optio
         input_size: Image size (C, H, W).
     """
     if not isinstance(model, MultiExitWrapper):
-        return '\n'.join(f'{name:<8}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %' for name, top1, top5 in
-                         accuracies(metrics))
+        return '\n'.join(_accuracy_lines(metrics))
     cost = {row.exit: (row.gflops, row.params) for row in profile(model, input_size)}
     params = sum(p.numel() for p in model.parameters())
     cost['ensemble'] = (2 * ensemble_gmacs(model, input_size), params)
     main = cost['main'][0]
-    lines = [f"{'exit':<8}  {'GFLOPs':>9}  {'share':>7}  {'params':>9}  {'top-1':>8}  {'top-5':>8}"]
+    first, second = (_LABELS[name] for name in metric_names(metrics))
+    lines = [f"{'exit':<8}  {'GFLOPs':>9}  {'share':>7}  {'params':>9}  {first:>8}  {second:>8}"]
     for name, top1, top5 in accuracies(metrics):
         gflops, params = cost[name]
         lines.append(f'{name:<8}  {gflops:9.4f}  {100 * gflops / main:5.1f} %  {params / 1e6:7.2f} M'

@@ -7,11 +7,11 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from ..exits import TimmModel
-from .arguments import build_parser
 from .build import make_model
 from .checkpoint import load_checkpoint
 from .config import apply_config
 from .errors import TrainingError
+from .flags import build_parser
 
 __all__ = ['Run', 'load_run', 'read_arguments']
 
