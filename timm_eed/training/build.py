@@ -167,8 +167,19 @@ def _init_heads(args: argparse.Namespace, model: TimmModel) -> None:
                 parameter.fill_(args.head_init_bias)
 
 
-def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
+def build_task(
+        args: argparse.Namespace,
+        model: nn.Module,
+        device: torch.device,
+        data_config: Optional[Dict[str, Any]] = None,
+) -> TrainingTask:
     """The training task: the loss over all exits, or timm's own for a plain model.
+
+    Args:
+        args: Parsed arguments.
+        model: The model.
+        device: Its device.
+        data_config: Mean and std of the images, for an external teacher; the model's own when None.
 
     Raises:
         TrainingError: If the loss or the teacher does not fit the flags or the model.
@@ -181,7 +192,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, device: torch.device)
         if args.kd_model_name:
             return MultiExitDistillationTask(
                 model, args.kd_model_name, loss, args.distill_loss_weight, args.task_loss_weight, args.kd_temperature,
-                **common)
+                **{name: data_config[name] for name in ('mean', 'std') if data_config}, **common)
         return MultiExitTask(model, loss, threshold=args.multilabel_threshold, **common)
     except (ValueError, RuntimeError) as error:
         raise TrainingError(str(error)) from error

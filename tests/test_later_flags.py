@@ -1,0 +1,128 @@
+"""What timm's script does since 1.0.30, and the rarer flags, end to end."""
+import csv
+import logging
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+import train_eed
+from timm_eed.training.checkpoint import load_checkpoint
+
+FLAGS = ('--dataset eed/digits --model test_resnet --num-classes 10 --input-size 1 32 32 --mean .3 --std .4 '
+         '--warmup-epochs 0 --batch-size 128 --workers 0 --device cpu --lr .05 --train-batches-per-epoch 2').split()
+
+
+@pytest.fixture
+def train(tmp_path):
+    def run(*flags, experiment='run'):
+        train_eed.main([*FLAGS, '--output', str(tmp_path), '--experiment', experiment, *flags])
+        return tmp_path / experiment
+    return run
+
+
+def rows(folder):
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_stop_epoch_keeps_the_schedule_and_is_evaluated(train):
+    stopped = train('--epochs', '6', '--stop-epoch', '2', '--val-interval', '5', experiment='stopped')
+    whole = train('--epochs', '6', '--val-interval', '5', experiment='whole')
+    assert [row['lr'] for row in rows(stopped)] == [row['lr'] for row in rows(whole)][:2]
+    assert len(rows(stopped)) == 2 and rows(stopped)[1]['eval_top1'] and not rows(whole)[1]['eval_top1']
+    again = train('--epochs', '6', '--val-interval', '5', '--resume', 'auto', experiment='stopped')
+    a, b = (load_checkpoint(str(folder / 'last.pth.tar'))['state_dict'] for folder in (again, whole))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_save_epochs_keeps_milestones_and_evaluates(train):
+    folder = train('--epochs', '4', '--save-epochs', '2', '4', '--val-interval', '3', '--checkpoint-hist', '1')
+    assert sorted(p.name for p in folder.glob('milestone-*')) == ['milestone-2.pth.tar', 'milestone-4.pth.tar']
+    assert load_checkpoint(str(folder / 'milestone-2.pth.tar'))['epoch'] == 1
+    assert [bool(row['eval_top1']) for row in rows(folder)] == [False, True, True, True]
+
+
+def test_ranked_checkpoints_and_summary_stay_consistent_over_resumes(train, caplog):
+    flags = ('--epochs', '4', '--checkpoint-hist', '2')
+    whole = train(*flags, experiment='whole')
+    train(*flags, '--stop-epoch', '1', experiment='parts')
+    train(*flags, '--stop-epoch', '3', '--resume', 'auto', experiment='parts')
+    parts = train(*flags, '--resume', 'auto', experiment='parts')
+    assert sorted(p.name for p in parts.glob('*.pth.tar')) == sorted(p.name for p in whole.glob('*.pth.tar'))
+    drop = {'train_images_per_second'}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in rows(parts)] == [
+        {k: v for k, v in row.items() if k not in drop} for row in rows(whole)]
+    best = [load_checkpoint(str(f / 'model_best.pth.tar'))['epoch'] for f in (parts, whole)]
+    assert best[0] == best[1]
+    recorded = yaml.safe_load((parts / 'args.yaml').read_text())
+    assert recorded['resume'] == 'auto' and recorded['epochs'] == 4 and recorded['lr'] == .05
+    train(*flags, '--resume', 'auto', experiment='parts')
+    assert 'nothing left to do' in caplog.text
+
+
+def test_a_fresh_run_in_an_old_folder_starts_a_new_summary(train):
+    train('--epochs', '3')
+    folder = train('--epochs', '1')
+    assert [row['epoch'] for row in rows(folder)] == ['0']
+    assert load_checkpoint(str(folder / 'last.pth.tar'))['epoch'] == 0 and not (folder / 'previous.pth.tar').exists()
+
+
+@pytest.mark.parametrize('flags', [
+    ['--sched', 'wsd', '--decay-epochs', '2', '--lr-decay-fn', 'linear'], ['--sched', 'none'],
+    ['--sched', 'multistep', '--decay-milestones', '1']])
+def test_schedules(train, flags):
+    folder = train('--epochs', '3', *flags)
+    found = [float(row['lr']) for row in rows(folder)]
+    assert len(found) == 3 and (len(set(found)) == 1) == (flags[1] == 'none')
+
+
+def test_an_external_teacher_from_a_folder(train, tmp_path):
+    torch.manual_seed(0)
+    teacher = timm.create_model('test_resnet', num_classes=10, in_chans=1)
+    timm.models.save_for_hf(teacher, tmp_path / 'teacher', model_config={}, safe_serialization=True)
+    name = f'local-dir:{tmp_path / "teacher"}'
+    folder = train('--epochs', '1', '--kd-model-name', name, '--task-loss-weight', '.5')
+    row = rows(folder)[0]
+    assert float(row['train_kd_loss']) > 0 and 'eval_top1_exit1' in row
+    rgb = ('--input-size', '3', '32', '32', '--mean', '.3', '.3', '.3', '--std', '.4', '.4', '.4')
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=10), tmp_path / 'teacher', model_config={},
+                            safe_serialization=True)
+    row = rows(train('--epochs', '1', '--kd-model-name', name, '--eed-method', 'none', *rgb, experiment='plain'))[0]
+    assert float(row['train_loss']) > 0 and 'eval_top1_exit1' not in row
+
+
+def test_several_image_sizes(train):
+    folder = train('--epochs', '2', '--train-img-sizes', '32', '48', '--train-batch-sizes', '64', '32',
+                   '--train-size-schedule', 'progressive', '--variable-batch-loss-scale', 'linear')
+    assert len(rows(folder)) == 2
+
+
+def test_steps_per_epoch_images_and_torchscript(train, caplog):
+    with caplog.at_level(logging.INFO):
+        folder = train('--epochs', '1', '--log-interval', '1', '--save-images', '--recovery-interval', '1')
+    assert [p.name for p in folder.glob('*.jpg')] == ['train-epoch-0-step-0.jpg']  # 2 steps, the last is the epoch's
+    assert 'step 1/2' in caplog.text
+    plain = train('--epochs', '1', '--eed-method', 'none', '--torchscript', experiment='script')
+    assert len(rows(plain)) == 1 and not any('exit' in key for key in load_checkpoint(
+        str(plain / 'last.pth.tar'))['state_dict'])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, caplog):
+    whole = train('--epochs', '3', experiment='whole')
+    folder = train('--epochs', '3', '--stop-epoch', '2', experiment='damaged')
+    data = (folder / 'last.pth.tar').read_bytes()
+    for name in ('last.pth.tar', 'checkpoint-1.pth.tar', 'model_best.pth.tar'):
+        if (folder / name).exists():
+            (folder / name).unlink()
+    (folder / 'last.pth.tar').write_bytes(data[:len(data) // 2])
+    train('--epochs', '3', '--resume', 'auto', experiment='damaged')
+    assert "last.pth.tar' is no readable checkpoint" in caplog.text and 'previous.pth.tar' in caplog.text
+    a, b = (load_checkpoint(str(f / 'last.pth.tar'))['state_dict'] for f in (folder, whole))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for path in Path(folder).glob('*.pth.tar'):
+        path.write_bytes(b'nothing')
+    with pytest.raises(SystemExit, match='none of the checkpoints'):
+        train('--epochs', '3', '--resume', 'auto', experiment='damaged')
