@@ -1,7 +1,8 @@
-"""Shared by all tests: two threads, a hub on the loopback interface, and a small folder of real images."""
+"""Shared by all tests: one thread (they run in as many processes as there are cores), a hub on the loopback interface, and a small folder of real images."""
 from hub_session import HUB  # first: huggingface_hub reads its settings when it is imported
 
 # isort: split
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from PIL import Image
 
 from timm_eed.training.digits import Digits
 
-torch.set_num_threads(2)
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # also for the processes that tests start
+torch.set_num_threads(1)
 
 
 def write_images(root: Path, per_class: int, classes: int = 3, train: bool = True) -> None:

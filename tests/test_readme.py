@@ -4,7 +4,7 @@ import io
 import re
 from pathlib import Path
 
-from timm_eed.cli import main
+from timm_eed import cli
 from timm_eed.training.flags import build_parser
 
 README = (Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
@@ -22,8 +22,10 @@ def test_snippets_print_what_is_shown():
 
 def test_flags_named_exist():
     flags = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', README)) - {'--nproc'}  # torchrun's
-    known = {option for action in build_parser()._actions for option in action.option_strings}
-    assert flags <= known
+    commands = cli.build_parser()._subparsers._group_actions[0].choices.values()
+    parsers = [build_parser(), *commands]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    assert flags - known == set()
 
 
 def test_files_named_exist():
@@ -32,6 +34,6 @@ def test_files_named_exist():
 
 
 def test_the_exit_table_is_what_the_command_prints(capsys):
-    shown = re.search(r'```bash\ntimm-eed (.*?)\n```\n\n```\n(.*?)```', README, flags=re.DOTALL)
-    main(shown[1].split())
+    shown = re.search(r'```bash\ntimm-eed (info .*?)\n```\n\n```\n(.*?)```', README, flags=re.DOTALL)
+    cli.main(shown[1].split())
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown[2].splitlines()

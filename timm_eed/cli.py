@@ -5,16 +5,21 @@ from typing import Optional, Sequence
 
 from .commands import info, publish, report, validate
 
-__all__ = ['main']
+__all__ = ['build_parser', 'main']
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run a subcommand; errors that the user can mend end it with one message."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog='timm-eed', description='Multi-exit timm models.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for command in (info, validate, report, publish):
         command.add_parser(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run a subcommand; errors that the user can mend end it with one message."""
+    args = build_parser().parse_args(argv)
     try:
         args.run(args)
     except ValueError as error:
