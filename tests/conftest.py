@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (they run in as many processes as there are cores), a hub on the loopback interface, and a small folder of real images."""
+"""Shared by all tests: one thread, a hub on the loopback interface, and a small folder of real images."""
 from hub_session import HUB  # first: huggingface_hub reads its settings when it is imported
 
 # isort: split
