@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from argparse import Namespace
 from datetime import datetime
 from typing import Any, Dict, Optional, Sequence, Tuple
@@ -19,7 +20,8 @@ import yaml
 from timm.data import resolve_data_config
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.task import TrainingTask
-from timm.utils import distribute_bn, get_outdir, setup_default_logging, update_summary
+from timm.utils import get_outdir, setup_default_logging, update_summary
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_eed.exits import TimmModel
@@ -27,6 +29,7 @@ from timm_eed.training.arguments import parse_args
 from timm_eed.training.build import Precision, build_model, build_optimizer, build_scheduler, build_task, setup_device
 from timm_eed.training.checkpoint import Start, find_checkpoint, resume
 from timm_eed.training.data import Data, create_data
+from timm_eed.training.distributed import check_processes_agree, share_batch_norm
 from timm_eed.training.engine import evaluate, mean_lr, train_one_epoch, updates_per_epoch
 from timm_eed.training.errors import TrainingError
 from timm_eed.training.publish import Sections, publish_run, read_sections
@@ -38,17 +41,26 @@ _logger = logging.getLogger('train_eed')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the script; errors that the user can mend end it with one message."""
+    """Run the script; errors that the user can mend end it with one message.
+
+    One process that fails ends the job: its launcher (torchrun) sees it end, and is told the cause.
+    """
     setup_default_logging()
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # lists all files after every epoch
     try:
         with logging_redirect_tqdm():
             run(parse_args(argv))
-    except TrainingError as error:
-        sys.exit(f'train_eed.py: error: {error}')
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    except Exception as error:
+        distributed = torch.distributed.is_initialized()
+        if distributed and type(error) is RuntimeError:
+            time.sleep(2)  # of a lost connection, mostly: the process that failed tells why, and torchrun ends this one
+        get_error_handler().record_exception(error)  # for torchrun's summary
+        if not isinstance(error, TrainingError):
+            raise
+        rank = f' in process {torch.distributed.get_rank()}' if distributed else ''
+        sys.exit(f'train_eed.py: error{rank}: {error}')
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # not after an error: it may wait for the other processes
 
 
 def run(args: Namespace) -> Dict[str, float]:
@@ -69,6 +81,7 @@ def run(args: Namespace) -> Dict[str, float]:
             decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
             device=torch.device('cpu') if args.model_ema_force_cpu else None)
     start = resume(args, task, *found, optimizer, precision.scaler) if found else Start(args.start_epoch or 0)
+    check_processes_agree(args, data, start)
     prepare_task(args, task)
     updates = updates_per_epoch(data.num_batches, args.grad_accum_steps)
     scheduler, num_epochs = build_scheduler(args, optimizer, updates)
@@ -134,7 +147,7 @@ def prepare_task(args: Namespace, task: TrainingTask) -> None:
     if args.distributed:
         task.prepare_distributed(
             device_ids=[torch.device(args.device)] if args.device.startswith('cuda') else None,
-            broadcast_buffers=not args.no_ddp_bb)
+            **(dict(broadcast_buffers=False) if args.no_ddp_bb else {}))  # newer PyTorch warns wherever it is named
 
 
 def open_run(
@@ -222,8 +235,7 @@ def fit(
     for epoch in range(start.epoch, num_epochs):
         position = start.position if epoch == start.epoch else None
         train_metrics = train_one_epoch(epoch, task, data, optimizer, args, precision, scheduler, saver, position)
-        if args.distributed and args.dist_bn:
-            distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == 'reduce')
+        share_batch_norm(args, task)
         lr = mean_lr(optimizer)
         milestone = epoch + 1 in (args.save_epochs or [])
         evaluated = data.validation is not None and (
@@ -254,8 +266,7 @@ def evaluate_epoch(
 ) -> Dict[str, float]:
     """Metrics of the weights, or of their moving average where the run keeps one."""
     if use_ema:
-        if args.distributed and args.dist_bn:
-            distribute_bn(task.get_trainable_module(ema=True), args.world_size, args.dist_bn == 'reduce')
+        share_batch_norm(args, task, ema=True)
         return evaluate(task.get_eval_model(ema=True), task, data.validation, args, precision, 'test (EMA)')
     return evaluate(task.get_eval_model(), task, data.validation, args, precision)
 

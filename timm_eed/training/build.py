@@ -118,6 +118,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:
+        if device.type == 'cpu':
+            raise TrainingError('--sync-bn: PyTorch shares batch norm statistics on GPUs only; drop it on the CPU.')
         model = convert_sync_batchnorm(model)
     return torch.jit.script(model) if args.torchscript else model
 

@@ -2,6 +2,7 @@
 import argparse
 import logging
 import os
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
@@ -21,7 +22,7 @@ from torchvision.transforms import RandomCrop
 from .digits import Digits
 from .errors import TrainingError
 
-__all__ = ['Data', 'create_data', 'create_evaluation_loader']
+__all__ = ['Data', 'class_names', 'create_data', 'create_evaluation_loader']
 
 _logger = logging.getLogger(__name__)
 
@@ -225,6 +226,8 @@ def _evaluation_loader(
         args: argparse.Namespace, dataset: Any, data_config: Dict[str, Any], loader: Dict[str, Any],
 ) -> Any:
     workers = min(2, args.workers) if args.distributed and args.dataset.startswith(('tfds', 'wds')) else args.workers
+    if args.distributed and args.dataset.startswith('wds'):
+        _take_own_shards(dataset.reader)
     created = create_loader(dataset, **{**loader, 'num_workers': workers}, **dict(
         batch_size=args.validation_batch_size or args.batch_size,
         is_training=False,
@@ -235,6 +238,16 @@ def _evaluation_loader(
     # a generator of its own: that an evaluation took place must not change what training draws afterwards
     getattr(created, 'loader', created).generator = torch.Generator()
     return created
+
+
+def _take_own_shards(reader: Any) -> None:
+    """Each sample once over all processes, each of which goes through shards of its own.
+
+    timm's reader makes the processes equally long instead, by repeating and dropping samples.
+    """
+    reader.split_info = replace(
+        reader.split_info, filenames=reader.split_info.filenames[reader.dist_rank::reader.dist_num_replicas])
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def _crop_from_padded(dataset: Any, input_size: Tuple[int, int, int], padding: int) -> None:
@@ -332,6 +345,8 @@ def _create_split(
         _check_folder(args.data_dir, split)
     elif args.dataset.startswith('eed/'):
         raise TrainingError(f"Unknown data set '{args.dataset}'; the package ships eed/digits.")
+    elif args.dataset.startswith('wds/') and not args.data_dir:
+        raise TrainingError('No data: name the folder or address of the shards with --data.')
     kwargs: Dict[str, Any] = {} if args.dataset.startswith('torch/') else {'input_img_mode': image_mode}
     if args.target_format:
         kwargs['target_format'] = args.target_format
@@ -383,7 +398,7 @@ def _check_folder(root: Optional[str], split: str) -> None:
         f'found {listing}. Name another with {flag}{without}.')
 
 
-def _classes(dataset: Any) -> Optional[List[str]]:
+def class_names(dataset: Any) -> Optional[List[str]]:
     """Class names in index order where a data set knows them."""
     by_name = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     if by_name:
@@ -392,7 +407,7 @@ def _classes(dataset: Any) -> Optional[List[str]]:
 
 
 def _check_classes(args: argparse.Namespace, train: Any, validation: Optional[Any], num_classes: int) -> None:
-    classes, validation_classes = _classes(train), _classes(validation)
+    classes, validation_classes = class_names(train), class_names(validation)
     if classes is None:
         return
     if validation_classes is not None and classes != validation_classes:

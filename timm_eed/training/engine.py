@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import dispatch_clip_grad
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -130,7 +131,7 @@ def train_one_epoch(
     """Train for one epoch, or the rest of one behind `position`, and return the means of the loss terms.
 
     Raises:
-        TrainingError: If the loss is not finite.
+        TrainingError: If the loss is not finite, or a streamed data set ends early.
     """
     device = torch.device(args.device)
     data.set_epoch(epoch, args.mixup_off_epoch)
@@ -153,7 +154,8 @@ def train_one_epoch(
         recovery = _saves_recovery(step, num_batches, args)
         before = get_random_state() if recovery else {}
         batch = next(batches, None)
-        if batch is None:  # a streamed data set may have fewer than it announced
+        if batch is None:
+            _ends_early(epoch, step, num_batches, args)
             break
         x, y = batch
         x, y = _to_device(x, y, device, args)
@@ -205,6 +207,15 @@ def _batch_scale(size: int, args: argparse.Namespace) -> float:
         return 1.
     ratio = size / args.batch_size
     return ratio if args.variable_batch_loss_scale == 'linear' else math.sqrt(ratio)
+
+
+def _ends_early(epoch: int, step: int, num_batches: int, args: argparse.Namespace) -> None:
+    """A streamed data set may have fewer images than it announced; one of many processes would be waited for."""
+    if args.distributed:
+        raise TrainingError(
+            f'In epoch {epoch} the training data ended after {step} of {num_batches} batches. Each of the '
+            f'{args.world_size} x {max(args.workers, 1)} loader processes needs a shard of its own that can be read; '
+            'check the shards, or lower --workers (-j).')
 
 
 def _saves_recovery(step: int, num_batches: int, args: argparse.Namespace) -> bool:
@@ -269,6 +280,8 @@ def evaluate(
         name: What the progress bar calls it.
     """
     device = torch.device(args.device)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # DDP would communicate in every batch, and processes may have more or fewer of them
     evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader) if args.distributed else None)
     model.eval()
     with torch.inference_mode():
