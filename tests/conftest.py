@@ -2,9 +2,14 @@
 from hub_session import HUB  # first: huggingface_hub reads its settings when it is imported
 
 # isort: split
+import io
+import json
 import os
+import tarfile
 import time
+from itertools import islice
 from pathlib import Path
+from typing import Sequence
 
 import pytest
 import torch
@@ -25,6 +30,24 @@ def write_images(root: Path, per_class: int, classes: int = 3, train: bool = Tru
             folder.mkdir(parents=True, exist_ok=True)
             image.convert('RGB').resize((40, 40), Image.Resampling.NEAREST).save(folder / f'{written[label]}.png')
             written[label] += 1
+
+
+def write_shards(folder: Path, images: Path, **sizes: Sequence[int]) -> None:
+    """WebDataset shards of the first images in folders: for each split the numbers of samples in its shards."""
+    folder.mkdir(exist_ok=True)
+    splits = {}
+    for split, lengths in sizes.items():
+        paths = iter(sorted((images / split).rglob('*.png'), key=lambda path: (path.stem, path.parent)))
+        files = [f'{split}-{number}.tar' for number in range(len(lengths))]
+        for file, length in zip(files, lengths):
+            with tarfile.open(folder / file, 'w') as tar:
+                for path in islice(paths, length):
+                    for ending, data in (('png', path.read_bytes()), ('cls', path.parent.name[-1].encode())):
+                        entry = tarfile.TarInfo(f'{path.parent.name}-{path.stem}.{ending}')
+                        entry.size = len(data)
+                        tar.addfile(entry, io.BytesIO(data))
+        splits[split] = dict(name=split, num_samples=sum(lengths), filenames=files, shard_lengths=list(lengths))
+    (folder / '_info.json').write_text(json.dumps({'splits': splits}))
 
 
 @pytest.fixture

@@ -1,27 +1,33 @@
 """What one process of a job computes; test_distributed.py holds it against a single process.
 
-Under torchrun: every process writes its results to WORLD-RANK.pt in the folder that is named.
+Under torchrun: every process writes its results to WORLD-RANK.pt in the folder that is named, and goes through runs of
+train_eed.py whose arguments follow as JSON.
 """
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from run_commands import one_process_group
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.utils import unwrap_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.nn.functional import all_reduce
 
+import train_eed
 from timm_eed.training.arguments import parse_args
 from timm_eed.training.build import Precision, build_model, build_task, setup_device
+from timm_eed.training.checkpoint import Start
 from timm_eed.training.data import Data, create_data
-from timm_eed.training.distributed import share_batch_norm
+from timm_eed.training.distributed import check_processes_agree, share_batch_norm
 from timm_eed.training.engine import evaluate, train_one_epoch
+from timm_eed.training.errors import TrainingError
 
 BATCH, CLASSES = 8, 3
 # layer norm: no sample knows of another; batch norm: statistics over all processes
@@ -140,15 +146,34 @@ def shared_statistics(*flags: str) -> Dict[str, torch.Tensor]:
     return means
 
 
+def disagreement(**differs: int) -> str:
+    """What is said where the processes have unequal numbers of images, or epochs done."""
+    args = arguments('batch')
+    setup_device(args)
+    data = Data(SimpleNamespace(dataset=range(10 - args.rank * differs.get('images', 0))), None, None, None, [])
+    try:
+        check_processes_agree(args, data, Start(args.rank * differs.get('epochs', 0)))
+    except TrainingError as error:
+        return str(error)
+    return ''
+
+
 def main(folder: Path, images: str) -> None:
     results: Dict[str, Any] = {f'step {norm}': one_step(norm) for norm in MODELS}
     results['accumulated'] = accumulated(2)
     results['metrics'] = metrics(images)
     for flags in STATISTICS:
         results[flags] = shared_statistics(*flags.split())
+    results['disagreement'] = [disagreement(), disagreement(images=1), disagreement(epochs=2)]
     torch.save(results, folder / f'{dist.get_world_size()}-{dist.get_rank()}.pt')
 
 
 if __name__ == '__main__':
-    with one_process_group():
+    dist.init_process_group('gloo')
+    # a launcher gives a job one process group; here it serves several
+    with mock.patch.object(dist, 'init_process_group'), mock.patch.object(dist, 'destroy_process_group'):
         main(Path(sys.argv[1]), sys.argv[2])
+        for command in json.loads(sys.argv[3]):
+            train_eed.main(command)
+            dist.barrier()  # the next run may read what the first process wrote
+    dist.destroy_process_group()

@@ -1,18 +1,12 @@
 """WebDataset shards and Hugging Face data sets through timm's readers, made here."""
 import argparse
 import csv
-import io
-import json
-import shutil
-import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import write_images
-from launch import TESTS, torchrun
+from conftest import write_images, write_shards
 from timm.data import resolve_data_config
 
 import train_eed
@@ -23,21 +17,6 @@ from timm_eed.training.data import create_data
 SMALL = ('--model test_resnet --img-size 32 -b 4 -vb 3 --epochs 2 --warmup-epochs 0 --lr .01 --sched none --device cpu '
          '--num-classes 3').split()
 TRAIN_SHARDS, VAL_SHARDS = (6, 6, 6, 6), (5, 4, 2)  # samples
-
-
-def write_shards(folder: Path, images: Path, name: str, sizes) -> dict:
-    """WebDataset shards of PNGs with class indices; gives their part of _info.json."""
-    folder.mkdir(exist_ok=True)
-    paths = sorted(images.rglob('*.png'), key=lambda path: path.stem)
-    files = [f'{name}-{number}.tar' for number in range(len(sizes))]
-    for file, size in zip(files, sizes):
-        with tarfile.open(folder / file, 'w') as tar:
-            for path in [paths.pop() for _ in range(size)]:
-                for ending, data in (('png', path.read_bytes()), ('cls', path.parent.name[-1].encode())):
-                    entry = tarfile.TarInfo(f'{path.parent.name}-{path.stem}.{ending}')
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
-    return dict(name=name, num_samples=sum(sizes), filenames=files, shard_lengths=sizes)
 
 
 @pytest.fixture(scope='module')
@@ -55,14 +34,12 @@ def shards(images, tmp_path_factory):
     """The same images in shards."""
     pytest.importorskip('webdataset')
     folder = tmp_path_factory.mktemp('shards')
-    splits = {name: write_shards(folder, images / name, name, sizes)
-              for name, sizes in (('train', TRAIN_SHARDS), ('validation', VAL_SHARDS))}
-    (folder / '_info.json').write_text(json.dumps({'splits': splits}))
+    write_shards(folder, images, train=TRAIN_SHARDS, validation=VAL_SHARDS)
     return folder
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch, one_thread):
     """Run the script; gives the folder of the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_eed, 'setup_default_logging', lambda: None)  # adds a handler at every call
@@ -95,48 +72,61 @@ def seen(loader):
     return sorted((str(image.sum().item()), int(label)) for x, y in loader for image, label in zip(x, y))
 
 
-def sources(images, shards):
-    """Flags of each way to the same 24 + 11 images."""
-    return {
-        'wds': ['--dataset', 'wds/digits', '--data', str(shards)],
-        'hfds': ['--dataset', f'hfds/{images}'],
-        'hfids': ['--dataset', f'hfids/{images}', '--train-num-samples', '24', '--val-num-samples', '11'],
-    }
-
-
-@pytest.fixture(params=['wds', 'hfds', 'hfids'])
-def source(request, images, tmp_path, monkeypatch):
-    """Flags of each way to the same images."""
-    if request.param == 'wds':
-        return ['--dataset', 'wds/digits', '--data', str(request.getfixturevalue('shards'))]
+@pytest.fixture(params=['wds-0', 'wds-2', 'hfds-2', 'hfids-0', 'hfids-2'])
+def source(request, images, tmp_path):
+    """Flags of each way to the same images, with the number of loader processes."""
+    kind, workers = request.param.split('-')
+    if kind == 'wds':
+        return ['--dataset', 'wds/digits', '--data', str(request.getfixturevalue('shards')), '-j', workers]
     pytest.importorskip('datasets')
-    flags = ['--dataset', f'{request.param}/{images}', '--data', str(tmp_path / 'cache')]
-    if request.param == 'hfids':
-        flags += ['--train-num-samples', '24', '--val-num-samples', '11', '--dataset-download']
+    flags = ['--dataset', f'{kind}/{images}', '--data', str(tmp_path / 'cache'), '-j', workers]
+    if kind == 'hfids':
+        flags += ['--train-num-samples', '24', '--val-num-samples', '11']
+        flags += ['--dataset-download'] if workers != '0' else []  # a folder is one shard, prepared it is split
     return flags
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
-def test_streams_give_what_the_folder_gives(source, images, workers):
-    folder = loaders('--data', str(images), '-j', '0')
-    data = loaders(*source, '-j', workers)
-    assert len(data.train) == 6 and data.train.dataset is not None
+def test_streams_give_what_the_folder_gives(source, images):
+    folder, data = loaders('--data', str(images), '-j', '0'), loaders(*source)
+    assert len(data.train) == 6
     for epoch in (0, 1):
         data.set_epoch(epoch)
-        assert sum(len(x) for x, _ in data.train) == 24
+        assert [len(x) for x, _ in data.train] == [4] * 6
         assert seen(data.validation) == seen(folder.validation)  # each of the 11 once
+    assert len({image for image, _ in seen(data.train)}) > 12  # of 24, which shuffling or workers may repeat
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
-def test_a_stream_trains_and_resumes(train, source, workers):
-    flags = [*source, '-j', workers]
-    whole = train(*flags, experiment='whole')
+def test_a_stream_trains_and_resumes(train, source):
+    whole = train(*source, experiment='whole')
     rows = rows_of(whole)
-    assert len(rows) == 2 and 0 < float(rows[0]['train_loss']) and 'eval_top1_exit1' in rows[0]
-    correct = float(rows[1]['eval_top1_ensemble']) * .11
-    assert correct == pytest.approx(round(correct), abs=1e-6)
-    train(*flags, '--epochs', '1', experiment='parts')
-    parts = train(*flags, '--resume', 'auto', experiment='parts')
+    assert len(rows) == 2 and 0 < float(rows[0]['train_loss'])
+    for name in ('top1', 'top1_exit1', 'top5_exit3', 'top1_ensemble'):
+        correct = float(rows[1][f'eval_{name}']) * .11
+        assert correct == pytest.approx(round(correct), abs=1e-6)
+    train(*source, '--epochs', '1', experiment='parts')
+    parts = train(*source, '--resume', 'auto', experiment='parts')
     assert [row['epoch'] for row in rows_of(parts)] == ['0', '1']
     straight, resumed = (load(folder / 'last.pth.tar')['state_dict'] for folder in (whole, parts))
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def test_numbers_of_samples_from_the_command_line(shards):
+    data = loaders('--dataset', 'wds/digits', '--data', str(shards), '--train-num-samples', '13', '-j', '0')
+    assert len(data.train) == 4  # whole batches
+    assert [len(x) for x, _ in data.train] == [4] * 4
+    braces = loaders(
+        '--dataset', 'wds/digits', '--data', str(shards), '--train-split', 'train-{0..1}.tar|12', '--val-split',
+        'validation-{0..2}.tar', '--val-num-samples', '11', '-j', '0')
+    assert (len(braces.train), len(braces.validation)) == (3, 4)
+    assert len(seen(braces.validation)) == 11
+
+
+def test_what_is_wrong_with_a_stream_is_said(train, shards):
+    def fails(*flags):
+        with pytest.raises(SystemExit) as stop:
+            train(*flags)
+        return str(stop.value)
+    wds = ['--dataset', 'wds/digits', '--data', str(shards)]
+    assert 'name the folder or address of the shards with --data' in fails('--dataset', 'wds/digits', '-j', '0')
+    assert 'training data ended after 1 of 2 batches' in fails(*wds, '--train-split', 'train-0.tar|6', '-j', '2')
+    assert "Cannot read split 'test'" in fails(*wds, '--val-split', 'test', '-j', '0')

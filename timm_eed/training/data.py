@@ -119,6 +119,9 @@ class Data:
         for target in (*targets, getattr(self.train, 'batch_sampler', None)):
             if target is not None and hasattr(target, 'set_epoch'):
                 target.set_epoch(epoch)
+        reader: Any = getattr(self.train.dataset, 'reader', None)
+        if hasattr(reader, 'worker_seed'):  # WebDataset without loader processes: a resumed run shuffles alike
+            reader.ds, reader.worker_seed = None, reader.common_seed + epoch
         if mixup_off_epoch and epoch >= mixup_off_epoch:
             if self._collate_mixup is not None:
                 self.train.mixup_enabled = False
