@@ -155,8 +155,7 @@ def train_one_epoch(
         before = get_random_state() if recovery else {}
         batch = next(batches, None)
         if batch is None:
-            _ends_early(epoch, step, num_batches, args)
-            break
+            raise _ended_early(epoch, step, num_batches, args)
         x, y = batch
         x, y = _to_device(x, y, device, args)
         if data.mixup is not None:
@@ -209,13 +208,12 @@ def _batch_scale(size: int, args: argparse.Namespace) -> float:
     return ratio if args.variable_batch_loss_scale == 'linear' else math.sqrt(ratio)
 
 
-def _ends_early(epoch: int, step: int, num_batches: int, args: argparse.Namespace) -> None:
-    """A streamed data set may have fewer images than it announced; one of many processes would be waited for."""
-    if args.distributed:
-        raise TrainingError(
-            f'In epoch {epoch} the training data ended after {step} of {num_batches} batches. Each of the '
-            f'{args.world_size} x {max(args.workers, 1)} loader processes needs a shard of its own that can be read; '
-            'check the shards, or lower --workers (-j).')
+def _ended_early(epoch: int, step: int, num_batches: int, args: argparse.Namespace) -> TrainingError:
+    """A stream has fewer images than it announced; of many processes one that ends early would be waited for."""
+    return TrainingError(
+        f'In epoch {epoch} the training data ended after {step} of {num_batches} batches. Each of the '
+        f'{args.world_size} x {max(args.workers, 1)} loader processes needs a shard of its own that can be read; '
+        'check the shards, or lower --workers (-j).')
 
 
 def _saves_recovery(step: int, num_batches: int, args: argparse.Namespace) -> bool:
