@@ -123,15 +123,18 @@ def shard(path, count, seed):
             pixels = (labels * 150 + rng.integers(0, 80, (16, 16, 3))).astype(np.uint8)
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, 'png')
-            text = json.dumps({'labels': labels.tolist()}).encode()
+            fields = dict(zip('abc', labels.tolist()), labels=labels.tolist(), ids=np.flatnonzero(labels).tolist())
+            text = json.dumps(fields).encode()
             for suffix, data in (('png', buffer.getvalue()), ('json', text)):
                 info = tarfile.TarInfo(f'{i:04d}.{suffix}')
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
 
 
-@pytest.mark.parametrize('method', ['eed', 'none'])
-def test_a_run(tmp_path, method, capsys):
+@pytest.mark.parametrize('method, target', [
+    ('eed', ['labels', '--target-format', 'multihot']), ('none', ['labels', '--target-format', 'multihot']),
+    ('eed', ['a,b,c']), ('eed', ['ids'])])
+def test_a_run(tmp_path, method, target, capsys):
     pytest.importorskip('webdataset')
     for split, count in (('train', 64), ('val', 24)):
         shard(tmp_path / f'{split}-0.tar', count, len(split))
@@ -140,7 +143,7 @@ def test_a_run(tmp_path, method, capsys):
         for split, count in (('train', 64), ('val', 24))}}))
     metrics = train_eed.run(train_eed.parse_args(
         ['--dataset', 'wds/x', '--data', str(tmp_path), '--val-split', 'val', '--task', 'multilabel', '--target-key',
-         'labels', '--target-format', 'multihot', '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32',
+         *target, '--multilabel-threshold', '.4', '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32',
          '--epochs', '3', '--warmup-epochs', '0', '--batch-size', '8', '--lr', '.02', '--workers', '0', '--device',
          'cpu', '--no-aug', '--smoothing', '0', '--eed-method', method, '--output', str(tmp_path / 'out'),
          '--experiment', 'run']))

@@ -206,8 +206,7 @@ def create_evaluation_loader(
 def _encode_labels(args: argparse.Namespace, dataset: Optional[Any], num_classes: int) -> None:
     """Multi-label targets become vectors [K] of 0 and 1."""
     if dataset is not None and args.task == 'multilabel':
-        dense = args.target_format == 'multihot' or ',' in (args.target_key or '')
-        dataset.target_transform = MultiLabelTarget(num_classes, dense=dense)
+        dataset.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == 'multihot')
 
 
 def _loader_kwargs(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
