@@ -17,6 +17,8 @@ import threading
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from timm_eed.curves import read_curves
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'benchmarks' / 'study'
 RESULTS = ROOT / 'docs' / 'study'
@@ -138,14 +140,10 @@ def collect(args: argparse.Namespace) -> None:
             for classifier, row in json.loads((folder / 'test.json').read_text())['metrics'].items():
                 results.append(dict(config=name, seed=seed, classifier=classifier,
                                     **{key: f'{value:.4f}' for key, value in row.items()}))
-            with open(folder / 'summary.csv', newline='', encoding='utf-8') as file:
-                for row in csv.DictReader(file):
-                    for key, value in row.items():
-                        split, _, metric = key.partition('_')
-                        if metric.startswith('top1'):
-                            curves.append(dict(
-                                config=name, seed=seed, epoch=row['epoch'], split=split,
-                                classifier=metric[len('top1'):].lstrip('_') or 'main', top1=f'{float(value):.2f}'))
+            for split, by_classifier in read_curves(str(folder)).items():
+                for classifier, values in by_classifier.items():
+                    curves += [dict(config=name, seed=seed, epoch=epoch, split=split, classifier=classifier,
+                                    top1=f'{value:.2f}') for epoch, value in enumerate(values)]
     RESULTS.mkdir(parents=True, exist_ok=True)
     for path, rows in ((RESULTS / 'results.csv', results), (RESULTS / 'curves.csv', curves)):
         with open(path, 'w', newline='', encoding='utf-8') as file:

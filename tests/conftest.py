@@ -2,6 +2,8 @@
 from hub_session import HUB  # first: huggingface_hub reads its settings when it is imported
 
 # isort: split
+import argparse
+import csv
 import io
 import json
 import os
@@ -9,7 +11,7 @@ import tarfile
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Dict, List, Sequence
 
 import pytest
 import torch
@@ -19,6 +21,18 @@ from timm_eed.training.digits import Digits
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # also for the processes that tests start
 torch.set_num_threads(1)
+
+
+def rows_of(folder: Path) -> List[Dict[str, str]]:
+    """The rows of a run's summary.csv."""
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def load(path: Path) -> Dict[str, Any]:
+    """A training checkpoint, read without the package's own code."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True, map_location='cpu')
 
 
 def write_images(root: Path, per_class: int, classes: int = 3, train: bool = True) -> None:

@@ -1,6 +1,4 @@
 """Several processes under torchrun (gloo, CPU) against one."""
-import argparse
-import csv
 import json
 import shutil
 import sys
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 import rank_steps
 import torch
-from conftest import write_images, write_shards
+from conftest import load, rows_of, write_images, write_shards
 from launch import TESTS, torchrun
 
 from timm_eed.task import MultiExitEvaluator
@@ -141,16 +139,6 @@ def test_processes_that_disagree_say_so(ranks):
         agreed, images, epochs = rank['disagreement']
         assert agreed == '' and 'about the training images: 10 in process 0, 9 in process 1. All machines' in images
         assert 'about the epochs done: 0 in process 0, 2 in process 1.' in epochs
-
-
-def load(path: Path):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)
-
-
-def rows_of(folder: Path):
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
 
 
 def test_resumed_run_ends_with_the_same_weights(runs):

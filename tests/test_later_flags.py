@@ -1,5 +1,4 @@
 """What timm's script does since 1.0.30, and the rarer flags, end to end."""
-import csv
 import logging
 from pathlib import Path
 
@@ -7,6 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import rows_of
 
 import train_eed
 from timm_eed.training.checkpoint import load_checkpoint
@@ -23,16 +23,11 @@ def train(tmp_path):
     return run
 
 
-def rows(folder):
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
-
-
 def test_stop_epoch_keeps_the_schedule_and_is_evaluated(train):
     stopped = train('--epochs', '6', '--stop-epoch', '2', '--val-interval', '5', experiment='stopped')
     whole = train('--epochs', '6', '--val-interval', '5', experiment='whole')
-    assert [row['lr'] for row in rows(stopped)] == [row['lr'] for row in rows(whole)][:2]
-    assert len(rows(stopped)) == 2 and rows(stopped)[1]['eval_top1'] and not rows(whole)[1]['eval_top1']
+    assert [row['lr'] for row in rows_of(stopped)] == [row['lr'] for row in rows_of(whole)][:2]
+    assert len(rows_of(stopped)) == 2 and rows_of(stopped)[1]['eval_top1'] and not rows_of(whole)[1]['eval_top1']
     again = train('--epochs', '6', '--val-interval', '5', '--resume', 'auto', experiment='stopped')
     a, b = (load_checkpoint(str(folder / 'last.pth.tar'))['state_dict'] for folder in (again, whole))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -42,7 +37,7 @@ def test_save_epochs_keeps_milestones_and_evaluates(train):
     folder = train('--epochs', '4', '--save-epochs', '2', '4', '--val-interval', '3', '--checkpoint-hist', '1')
     assert sorted(p.name for p in folder.glob('milestone-*')) == ['milestone-2.pth.tar', 'milestone-4.pth.tar']
     assert load_checkpoint(str(folder / 'milestone-2.pth.tar'))['epoch'] == 1
-    assert [bool(row['eval_top1']) for row in rows(folder)] == [False, True, True, True]
+    assert [bool(row['eval_top1']) for row in rows_of(folder)] == [False, True, True, True]
 
 
 def test_ranked_checkpoints_and_summary_stay_consistent_over_resumes(train, caplog):
@@ -53,8 +48,8 @@ def test_ranked_checkpoints_and_summary_stay_consistent_over_resumes(train, capl
     parts = train(*flags, '--resume', 'auto', experiment='parts')
     assert sorted(p.name for p in parts.glob('*.pth.tar')) == sorted(p.name for p in whole.glob('*.pth.tar'))
     drop = {'train_images_per_second'}
-    assert [{k: v for k, v in row.items() if k not in drop} for row in rows(parts)] == [
-        {k: v for k, v in row.items() if k not in drop} for row in rows(whole)]
+    assert [{k: v for k, v in row.items() if k not in drop} for row in rows_of(parts)] == [
+        {k: v for k, v in row.items() if k not in drop} for row in rows_of(whole)]
     best = [load_checkpoint(str(f / 'model_best.pth.tar'))['epoch'] for f in (parts, whole)]
     assert best[0] == best[1]
     recorded = yaml.safe_load((parts / 'args.yaml').read_text())
@@ -66,7 +61,7 @@ def test_ranked_checkpoints_and_summary_stay_consistent_over_resumes(train, capl
 def test_a_fresh_run_in_an_old_folder_starts_a_new_summary(train):
     train('--epochs', '3')
     folder = train('--epochs', '1')
-    assert [row['epoch'] for row in rows(folder)] == ['0']
+    assert [row['epoch'] for row in rows_of(folder)] == ['0']
     assert load_checkpoint(str(folder / 'last.pth.tar'))['epoch'] == 0 and not (folder / 'previous.pth.tar').exists()
 
 
@@ -75,7 +70,7 @@ def test_a_fresh_run_in_an_old_folder_starts_a_new_summary(train):
     ['--sched', 'multistep', '--decay-milestones', '1']])
 def test_schedules(train, flags):
     folder = train('--epochs', '3', *flags)
-    found = [float(row['lr']) for row in rows(folder)]
+    found = [float(row['lr']) for row in rows_of(folder)]
     assert len(found) == 3 and (len(set(found)) == 1) == (flags[1] == 'none')
 
 
@@ -85,19 +80,19 @@ def test_an_external_teacher_from_a_folder(train, tmp_path):
     timm.models.save_for_hf(teacher, tmp_path / 'teacher', model_config={}, safe_serialization=True)
     name = f'local-dir:{tmp_path / "teacher"}'
     folder = train('--epochs', '1', '--kd-model-name', name, '--task-loss-weight', '.5')
-    row = rows(folder)[0]
+    row = rows_of(folder)[0]
     assert float(row['train_kd_loss']) > 0 and 'eval_top1_exit1' in row
     rgb = ('--input-size', '3', '32', '32', '--mean', '.3', '.3', '.3', '--std', '.4', '.4', '.4')
     timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=10), tmp_path / 'teacher', model_config={},
                             safe_serialization=True)
-    row = rows(train('--epochs', '1', '--kd-model-name', name, '--eed-method', 'none', *rgb, experiment='plain'))[0]
+    row = rows_of(train('--epochs', '1', '--kd-model-name', name, '--eed-method', 'none', *rgb, experiment='plain'))[0]
     assert float(row['train_loss']) > 0 and 'eval_top1_exit1' not in row
 
 
 def test_several_image_sizes(train):
     folder = train('--epochs', '2', '--train-img-sizes', '32', '48', '--train-batch-sizes', '64', '32',
                    '--train-size-schedule', 'progressive', '--variable-batch-loss-scale', 'linear')
-    assert len(rows(folder)) == 2
+    assert len(rows_of(folder)) == 2
 
 
 def test_steps_per_epoch_images_and_torchscript(train, caplog):
@@ -106,7 +101,7 @@ def test_steps_per_epoch_images_and_torchscript(train, caplog):
     assert [p.name for p in folder.glob('*.jpg')] == ['train-epoch-0-step-0.jpg']  # 2 steps, the last is the epoch's
     assert 'step 1/2' in caplog.text
     plain = train('--epochs', '1', '--eed-method', 'none', '--torchscript', experiment='script')
-    assert len(rows(plain)) == 1 and not any('exit' in key for key in load_checkpoint(
+    assert len(rows_of(plain)) == 1 and not any('exit' in key for key in load_checkpoint(
         str(plain / 'last.pth.tar'))['state_dict'])
 
 

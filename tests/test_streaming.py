@@ -1,12 +1,9 @@
 """WebDataset shards and Hugging Face data sets through timm's readers, made here."""
-import argparse
-import csv
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import write_images, write_shards
+from conftest import load, rows_of, write_images, write_shards
 from timm.data import resolve_data_config
 
 import train_eed
@@ -48,16 +45,6 @@ def train(tmp_path, monkeypatch, one_thread):
         train_eed.main([*SMALL, '--output', str(tmp_path), '--experiment', experiment, *flags])
         return tmp_path / experiment
     return run
-
-
-def rows_of(folder: Path):
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def load(path: Path):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True)
 
 
 def loaders(*flags):

@@ -1,16 +1,14 @@
 """train_eed.py on small real images, from the command line down."""
-import argparse
-import csv
 import logging
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from conftest import load, rows_of
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 import train_eed
@@ -36,16 +34,6 @@ def train(image_folder, tmp_path, monkeypatch, caplog):
         train_eed.main([*SMALL, *data_flags, '--output', str(tmp_path / 'out'), '--experiment', experiment, *flags])
         return tmp_path / 'out' / experiment
     return run
-
-
-def rows_of(folder: Path):
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def load(path: Path):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, weights_only=True, map_location='cpu')
 
 
 def test_a_run_leaves_what_a_timm_user_expects(train, capsys):

@@ -3,18 +3,18 @@
 Figure numbers are those of 'Exit-Ensemble Distillation'. Everything here computes; `timm_eed.figures` draws.
 Shapes: N images, K classes, D feature width, k classifiers (shallow to deep, the last is the main network).
 """
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence
 
 import torch
 from timm.task import MultiLabelClassificationEvaluator
 from tqdm import tqdm
 
 from .losses import ensemble_mean
-from .multi_exit import MultiExitWrapper
+from .multi_exit import MultiExitWrapper, classifier_names
 
 __all__ = [
-    'Predictions', 'accuracy', 'calibration_error', 'class_contrast', 'classifier_names', 'collect', 'dissimilarity',
-    'right_wrong_counts', 'score', 'subset_logits',
+    'Predictions', 'accuracy', 'calibration_error', 'class_contrast', 'collect', 'dissimilarity',
+    'right_wrong_counts', 'score', 'score_classifiers', 'subset_logits',
 ]
 
 
@@ -26,11 +26,6 @@ class Predictions(NamedTuple):
     logits: torch.Tensor
     targets: torch.Tensor
     features: torch.Tensor
-
-
-def classifier_names(num_exits: int) -> List[str]:
-    """exit1, exit2, .., main, for a number of classifiers (the main network counted)."""
-    return [f'exit{i + 1}' for i in range(num_exits - 1)] + ['main']
 
 
 def collect(model: Any, loader: Iterable[Any], max_images: Optional[int] = None, progress: bool = True) -> Predictions:
@@ -109,6 +104,14 @@ def score(logits: torch.Tensor, targets: torch.Tensor) -> Dict[str, float]:
         ece=calibration_error(logits, targets),
         loss=torch.nn.functional.cross_entropy(logits, targets).item(),
     )
+
+
+def score_classifiers(logits: torch.Tensor, targets: torch.Tensor) -> Dict[str, Dict[str, float]]:
+    """`score` of each of k classifiers' logits [k, N, K] by name, and with exits of the ensemble of all."""
+    metrics = {name: score(z, targets) for name, z in zip(classifier_names(len(logits)), logits)}
+    if len(logits) > 1:
+        metrics['ensemble'] = score(subset_logits(logits), targets)
+    return metrics
 
 
 def right_wrong_counts(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
 from .multi_exit import MultiExitWrapper
-from .profiling import ensemble_gmacs, profile
+from .profiling import profile_with_ensemble
 
 __all__ = [
     'ExitResult', 'accuracy_figure', 'exit_results', 'make_model_card', 'registering_package', 'write_model_card']
@@ -53,10 +53,8 @@ def exit_results(
         input_size: Image size (C, H, W) that costs are counted for; the model's own when None.
     """
     metrics = metrics or {}
-    costs = [(row.exit, row.gflops, row.params) for row in profile(model, input_size)]
-    costs.append(('ensemble', 2 * ensemble_gmacs(model, input_size), sum(p.numel() for p in model.parameters())))
     rows = []
-    for name, gflops, params in costs:
+    for name, _, gflops, params in profile_with_ensemble(model, input_size):
         suffix = '' if name == 'main' else f'_{name}'
         rows.append(ExitResult(name, gflops, params, metrics.get(f'top1{suffix}'), metrics.get(f'top5{suffix}')))
     return rows
@@ -111,6 +109,7 @@ def make_model_card(
         results: Optional[Mapping[str, Mapping[str, float]]] = None,
         citation: Optional[Union[str, Sequence[str]]] = None,
         figure: Optional[str] = None,
+        rows: Optional[Sequence[ExitResult]] = None,
 ) -> ModelCard:
     """The card of a model: metadata with a result per exit (model-index), tables, loading snippets, recipe.
 
@@ -130,12 +129,14 @@ def make_model_card(
         results: Several runs: `mean`, `std` and `n` by the metric's name.
         citation: BibTeX entries, beside timm's own.
         figure: Path in the repo of the figure that `accuracy_figure` made.
+        rows: What `exit_results` gives for these metrics, where it is known already.
 
     Raises:
         ValueError: If the metadata is not what the Hub takes.
     """
     size = (data_config or {}).get('input_size')
-    rows = exit_results(model, metrics, tuple(size) if size else None)
+    if rows is None:
+        rows = exit_results(model, metrics, tuple(size) if size else None)
     name = repo_id.split('/')[-1]
     ids = [datasets] if isinstance(datasets, str) else list(datasets or [])
     dataset = dataset_name or (ids[0] if ids else 'unnamed data')
@@ -195,10 +196,12 @@ def write_model_card(
     root = Path(folder)
     size = (data_config or {}).get('input_size')
     (root / FIGURE).parent.mkdir(parents=True, exist_ok=True)
-    drawn = accuracy_figure(exit_results(model, metrics, tuple(size) if size else None), root / FIGURE)
+    rows = exit_results(model, metrics, tuple(size) if size else None)
+    drawn = accuracy_figure(rows, root / FIGURE)
     try:
         card = make_model_card(
-            model, repo_id, metrics=metrics, data_config=data_config, figure=FIGURE if drawn else None, **card_kwargs)
+            model, repo_id, metrics=metrics, data_config=data_config, figure=FIGURE if drawn else None, rows=rows,
+            **card_kwargs)
     except TypeError as error:
         raise ValueError(f'model card: {error}') from error
     (root / 'README.md').write_text(str(card), encoding='utf-8')

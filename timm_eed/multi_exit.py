@@ -15,7 +15,7 @@ from timm.optim import auto_group_layers
 from .exits import ExitHead, TimmModel, exit_widths, resolve_exit_indices, stages
 from .probe import logits_are_classifier_output, pre_logits_width
 
-__all__ = ['MultiExitOutput', 'MultiExitWrapper', 'create_model', 'wrap']
+__all__ = ['MultiExitOutput', 'MultiExitWrapper', 'classifier_names', 'create_model', 'wrap']
 
 
 class MultiExitOutput(NamedTuple):
@@ -289,6 +289,11 @@ class MultiExitWrapper(nn.Module):
         from .pretrained import save_pretrained  # that module loads models and so imports this one
         save_pretrained(
             self, save_directory, metrics=metrics, data_config=data_config, model_config=model_config, card=card)
+
+
+def classifier_names(num_exits: int) -> List[str]:
+    """exit1, exit2, .., main, for a number of classifiers (the main network counted)."""
+    return [f'exit{i + 1}' for i in range(num_exits - 1)] + ['main']
 
 
 def classifier_layers(model: TimmModel) -> List[nn.Module]:

@@ -6,7 +6,7 @@ import torch
 from timm.task import MultiLabelClassificationEvaluator
 
 from .losses import ensemble_mean
-from .multi_exit import MultiExitOutput
+from .multi_exit import MultiExitOutput, classifier_names
 
 __all__ = ['MultiLabelExitsEvaluator']
 
@@ -34,10 +34,10 @@ class MultiLabelExitsEvaluator:
             max_samples: Optional[int] = None,
             threshold: float = .5,
     ):
-        names = [f'exit{i + 1}' for i in range(num_exits - 1)]
+        *names, main = classifier_names(num_exits)
         self.evaluators: Dict[str, MultiLabelClassificationEvaluator] = {
             name: MultiLabelClassificationEvaluator(device, max_samples=max_samples, threshold=threshold)
-            for name in [*names, 'main', 'ensemble']}
+            for name in [*names, main, 'ensemble']}
         metrics = MultiLabelClassificationEvaluator.metric_names
         self.metric_names = (*metrics, *(f'{metric}_{name}' for name in [*names, 'ensemble'] for metric in metrics[1:]))
 

@@ -23,7 +23,7 @@ from timm.models._hub import save_config_for_hf  # not exported by timm.models
 
 from .exits import TimmModel
 from .multi_exit import MultiExitWrapper, wrap
-from .probe import input_size
+from .probe import evaluation_mode, input_size
 from .repo_config import ExitsConfig, check_early_exit_config, read_backbone_config, read_exits_config
 
 __all__ = [
@@ -120,14 +120,9 @@ def _check_round_trip(model: MultiExitWrapper, folder: Path) -> None:
     loaded.to(device=parameter.device, dtype=parameter.dtype).eval()
     size = input_size(model.backbone)
     x = torch.arange(math.prod(size), device=parameter.device).sin().reshape(1, *size).to(parameter.dtype)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            expected = model.eval().forward_exits(x).logits
-            found = loaded.forward_exits(x).logits
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model), torch.no_grad():
+        expected = model.forward_exits(x).logits
+        found = loaded.forward_exits(x).logits
     tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else .05
     for z, other in zip(expected, found):
         if (z - other).abs().max() > tolerance * z.abs().max():

@@ -1,5 +1,6 @@
 """Shapes without compute: a twin of a model on the meta device, and what it tells about the model's head."""
 import copy
+from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Tuple
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn as nn
 
 from .exits import TimmModel
 
-__all__ = ['input_size', 'logits_are_classifier_output', 'meta_twin', 'pre_logits_width']
+__all__ = ['evaluation_mode', 'input_size', 'logits_are_classifier_output', 'meta_twin', 'pre_logits_width']
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -33,6 +34,18 @@ def meta_twin(model: nn.Module) -> Any:
             twin = tensor.detach().to('meta')
             memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
     return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def input_size(model: TimmModel) -> Tuple[int, int, int]:
@@ -81,17 +94,12 @@ def logits_are_classifier_output(model: TimmModel) -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):  # no meta kernels, or features that are not a tensor
         return False
     x = torch.arange(shape.numel(), device=parameter.device).sin().reshape(shape).to(parameter.dtype)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with evaluation_mode(model):
         if not _same_head(model, classifier, x):
             return False
-        for module in modes:  # dropout on, norms still off
+        for module in model.modules():  # dropout on, norms still off
             module.training = module is model or isinstance(module, nn.Dropout)
         return _same_head(model, classifier, x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _same_head(model: TimmModel, classifier: nn.Module, x: torch.Tensor) -> bool:

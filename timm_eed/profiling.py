@@ -11,7 +11,7 @@ from .multi_exit import MultiExitWrapper
 from .probe import input_size as model_input_size
 from .probe import meta_twin
 
-__all__ = ['ExitProfile', 'ensemble_gmacs', 'profile']
+__all__ = ['ExitProfile', 'profile', 'profile_with_ensemble']
 
 
 class ExitProfile(NamedTuple):
@@ -57,10 +57,14 @@ def profile(
     return rows
 
 
-def ensemble_gmacs(model: MultiExitWrapper, input_size: Optional[Tuple[int, int, int]] = None) -> float:
-    """10^9 multiply-adds of all classifiers together for one image, counted as in `profile`."""
+def profile_with_ensemble(
+        model: MultiExitWrapper,
+        input_size: Optional[Tuple[int, int, int]] = None,
+) -> List[ExitProfile]:
+    """The rows of `profile`, and one for the ensemble, which costs all classifiers together."""
+    rows = profile(model, input_size)
     twin, x = _twin_and_input(model, input_size)
-    return _count(twin.forward_exits, x) / 2e9
+    return [*rows, _row('ensemble', _count(twin.forward_exits, x), _num_params(twin))]
 
 
 def _twin_and_input(

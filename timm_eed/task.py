@@ -9,7 +9,7 @@ from timm.task import ClassificationEvaluator, TrainingTask
 from timm.utils import unwrap_model
 
 from .losses import ExitEnsembleDistillationLoss, ensemble_mean
-from .multi_exit import MultiExitOutput, MultiExitWrapper, classifier_layers
+from .multi_exit import MultiExitOutput, MultiExitWrapper, classifier_layers, classifier_names
 from .multi_label import MultiLabelExitsEvaluator
 
 __all__ = ['AllExits', 'MultiExitEvaluator', 'MultiExitTask']
@@ -154,7 +154,7 @@ class MultiExitEvaluator(ClassificationEvaluator):
             max_samples: Optional[int] = None,
             criterion: Optional[nn.Module] = None,
     ):
-        self.names = [f'exit{i + 1}' for i in range(num_exits - 1)] + ['ensemble']
+        self.names = classifier_names(num_exits)[:-1] + ['ensemble']
         self.metric_names: Any = ('loss', 'top1', 'top5', *(f'top{k}_{name}' for name in self.names for k in (1, 5)))
         super().__init__(device, max_samples=max_samples, criterion=criterion)
 

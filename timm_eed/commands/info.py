@@ -9,7 +9,7 @@ from ..exits import TimmModel
 from ..multi_exit import MultiExitWrapper, check_model_name, wrap
 from ..probe import input_size
 from ..profiling import profile
-from .inputs import add_exit_arguments
+from ..training.flags import add_exit_arguments
 
 __all__ = ['add_parser']
 
@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         'Show the exits that a timm model would get and what each costs; no weights are made or loaded. '
         'GFLOPs count 2 per multiply-add of convolutions, linear layers and attention products.'))
     parser.add_argument('model', metavar='MODEL', help='timm model, or a pattern as in "convnext*" for a line each')
-    add_exit_arguments(parser)
+    add_exit_arguments(parser.add_argument)
     parser.add_argument('--num-classes', type=int, metavar='N', help="number of classes; the model's own if not given")
     parser.add_argument('--img-size', type=int, metavar='N', help="image size; the model's own if not given")
     parser.add_argument('--norms', action='store_true', help="count normalisation too, as the paper's Table III does")

@@ -6,15 +6,14 @@ from typing import Any, Dict, NamedTuple
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.utils import ParseKwargs
 
-from ..exits import EXIT_TYPES, TimmModel
+from ..exits import TimmModel
 from ..multi_exit import check_model_name, wrap
 from ..training.data import create_evaluation_loader
-from ..training.flags import build_parser
+from ..training.flags import add_exit_arguments, build_parser
 from ..training.runs import load_run
 
-__all__ = ['Inputs', 'add_data_arguments', 'add_exit_arguments', 'add_model_arguments', 'load_data', 'load_model']
+__all__ = ['Inputs', 'add_data_arguments', 'add_model_arguments', 'load_data', 'load_model']
 
 
 class Inputs(NamedTuple):
@@ -23,14 +22,6 @@ class Inputs(NamedTuple):
     data_config: Dict[str, Any]
     args: argparse.Namespace
     title: str
-
-
-def add_exit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which exits a plain model gets."""
-    parser.add_argument('--exit-indices', type=int, nargs='+', metavar='N', help='feature stages to put exits behind')
-    parser.add_argument('--exit-type', default='conv', choices=EXIT_TYPES, help='kind of exit head')
-    parser.add_argument('--exit-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
-                        help='arguments for the exits: drop_rate, last_stride')
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--pretrained', action='store_true', help="a timm model's pretrained weights (exits are fresh)")
     parser.add_argument('--num-classes', type=int, metavar='N', help="classes of a timm model; its own if not given")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device')
-    add_exit_arguments(parser)
+    add_exit_arguments(parser.add_argument)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:

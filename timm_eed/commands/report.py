@@ -12,17 +12,15 @@ import torch
 from ..analysis import (
     Predictions,
     class_contrast,
-    classifier_names,
     collect,
     dissimilarity,
     right_wrong_counts,
-    score,
-    subset_logits,
+    score_classifiers,
 )
 from ..curves import Group, group_runs
 from ..figures import curves_figure, dissimilarity_figure, right_wrong_figure
 from ..model_card import accuracy_figure, exit_results
-from ..multi_exit import MultiExitWrapper
+from ..multi_exit import MultiExitWrapper, classifier_names
 from .inputs import Inputs, add_data_arguments, load_data, load_model
 
 __all__ = ['add_parser']
@@ -82,8 +80,7 @@ def curve_parts(groups: List[Group]) -> List[Part]:
 def model_parts(inputs: Inputs, predictions: Predictions, seed: int) -> List[Part]:
     """What the images show about one model."""
     logits, targets, _ = predictions
-    names = classifier_names(len(logits))
-    scores = {name: score(z, targets) for name, z in [*zip(names, logits), ('ensemble', subset_logits(logits))]}
+    scores = score_classifiers(logits, targets)
     metrics = {('top1' if name == 'main' else f'top1_{name}'): row['top1'] for name, row in scores.items()}
     rows = [[name, *(f'{row[key]:.2f}' for key in ('top1', 'top5', 'ece')), f"{row['loss']:.4f}"]
             for name, row in scores.items()]
@@ -94,7 +91,7 @@ def model_parts(inputs: Inputs, predictions: Predictions, seed: int) -> List[Par
         ('Classifiers', f'{len(targets)} images.', [['', 'top-1 (%)', 'top-5 (%)', 'ECE (%)', 'loss'], *rows]),
         ('Accuracy against GFLOPs', '', picture.getvalue()),
         ('Right and wrong', 'Images by the main network against each exit.',
-         right_wrong_figure(right_wrong_counts(logits, targets).numpy(), names[:-1])),
+         right_wrong_figure(right_wrong_counts(logits, targets).numpy(), classifier_names(len(logits))[:-1])),
         ('Dissimilarity of images', 'Before and after the fully connected layer of the main network, sorted by class; '
          'class contrast: mean dissimilarity between classes minus within.', dissimilarity_figure(matrices, contrasts)),
     ]

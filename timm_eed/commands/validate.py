@@ -3,7 +3,7 @@ import argparse
 import json
 from typing import Any, Dict, List, Sequence
 
-from ..analysis import classifier_names, collect, score, subset_logits
+from ..analysis import collect, score, score_classifiers, subset_logits
 from ..losses import ExitEnsembleDistillationLoss
 from ..training.arguments import parse_teacher
 from .inputs import add_data_arguments, add_model_arguments, load_data, load_model
@@ -33,9 +33,7 @@ def validate(model: Any, loader: Any, subsets: Sequence[str] = ()) -> Dict[str, 
     num_exits = getattr(model, 'num_exits', 1)
     members = {name: _members(name, num_exits) for name in subsets}
     logits, targets, _ = collect(model, loader)
-    metrics = {name: score(z, targets) for name, z in zip(classifier_names(num_exits), logits)}
-    if num_exits > 1:
-        metrics['ensemble'] = score(subset_logits(logits), targets)
+    metrics = score_classifiers(logits, targets)
     for name, indices in members.items():
         metrics[name] = score(subset_logits(logits, indices), targets)
     return metrics

@@ -1,13 +1,13 @@
 """The flags of train_eed.py, a group per topic; names, types, defaults, meanings are those of timm's script."""
 import argparse
-from typing import Optional
+from typing import Any, Callable, Optional
 
 from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
 from ..exits import EXIT_TYPES
 
-__all__ = ['build_parser', 'config_parser']
+__all__ = ['add_exit_arguments', 'build_parser', 'config_parser']
 
 
 def config_parser() -> argparse.ArgumentParser:
@@ -39,6 +39,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_exit_arguments(add: Callable[..., Any]) -> None:
+    """Flags that say which exits a model gets.
+
+    Args:
+        add: `add_argument` of a parser or group.
+    """
+    add('--exit-indices', type=int, nargs='+', metavar='N',
+        help='feature stages to put exits behind (timm out_indices); default: every stage boundary, at most three')
+    add('--exit-type', default='conv', choices=EXIT_TYPES, help='kind of exit head')
+    add('--exit-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
+        help='arguments for the exits: drop_rate, last_stride')
+
+
 def _exits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('Exits and exit-ensemble distillation').add_argument
     add('--eed-method', default='eed', choices=['eed', 'kd', 'ce', 'none'],
@@ -48,11 +61,7 @@ def _exits(parser: argparse.ArgumentParser) -> None:
     add('--eed-output-loss', default='kl', choices=['kl', 'mse'], help='output distillation loss')
     add('--eed-temperature', type=float, default=3., metavar='F', help='temperature of the KL')
     add('--eed-teacher', default='ensemble', metavar='WHO', help='ensemble, main, or members as in exit1+exit3+main')
-    add('--exit-indices', type=int, nargs='+', metavar='N',
-        help='feature stages to put exits behind (timm out_indices); default: every stage boundary, at most three')
-    add('--exit-type', default='conv', choices=EXIT_TYPES, help='kind of exit head')
-    add('--exit-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V',
-        help='arguments for the exits: drop_rate, last_stride')
+    add_exit_arguments(add)
     add('--freeze-backbone', action='store_true', help='train the exits alone')
     add('--push-to-hub', default='', metavar='USER/NAME',
         help='publish the last checkpoint on the Hugging Face Hub at the end (its moving average if there is one)')

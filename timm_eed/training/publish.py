@@ -69,7 +69,7 @@ def read_sections(path: str) -> Sections:
             raise TrainingError(f"{path}: the section '{name}' must be a mapping.")
     results, card = sections
     known = set(inspect.signature(make_model_card).parameters) - {
-        'model', 'repo_id', 'metrics', 'data_config', 'recipe', 'results', 'figure'}
+        'model', 'repo_id', 'metrics', 'data_config', 'recipe', 'results', 'figure', 'rows'}
     for key in set(card) - known:
         raise TrainingError(f"{path}: card: unknown key '{key}'; choose from {', '.join(sorted(known))}.")
     return Sections({str(name): _result(path, name, value) for name, value in results.items()}, card)

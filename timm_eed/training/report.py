@@ -7,7 +7,7 @@ from typing import Dict, List, Optional, Tuple
 import torch.nn as nn
 
 from ..multi_exit import MultiExitWrapper
-from ..profiling import ensemble_gmacs, profile
+from ..profiling import profile_with_ensemble
 from .saver import write_atomically
 
 __all__ = ['closing_table', 'epoch_lines', 'format_rate', 'trim_summary']
@@ -83,14 +83,12 @@ def closing_table(model: nn.Module, metrics: Dict[str, float], input_size: Optio
     """
     if not isinstance(model, MultiExitWrapper):
         return '\n'.join(_accuracy_lines(metrics))
-    cost = {row.exit: (row.gflops, row.params) for row in profile(model, input_size)}
-    params = sum(p.numel() for p in model.parameters())
-    cost['ensemble'] = (2 * ensemble_gmacs(model, input_size), params)
-    main = cost['main'][0]
+    cost = {row.exit: row for row in profile_with_ensemble(model, input_size)}
+    main = cost['main'].gflops
     first, second = (_LABELS[name] for name in metric_names(metrics))
     lines = [f"{'exit':<8}  {'GFLOPs':>9}  {'share':>7}  {'params':>9}  {first:>8}  {second:>8}"]
     for name, top1, top5 in accuracies(metrics):
-        gflops, params = cost[name]
+        _, _, gflops, params = cost[name]
         lines.append(f'{name:<8}  {gflops:9.4f}  {100 * gflops / main:5.1f} %  {params / 1e6:7.2f} M'
                      f'  {top1:6.2f} %  {top5:6.2f} %')
     return '\n'.join(lines)
