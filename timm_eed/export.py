@@ -36,7 +36,7 @@ class TruncatedModel(nn.Module):
     @property
     def num_classes(self) -> int:
         """K, as the exit has it."""
-        return self.exit.num_classes
+        return int(self.exit.num_classes)  # type: ignore[arg-type]
 
     @property
     def pretrained_cfg(self) -> Dict[str, Any]:
@@ -67,7 +67,7 @@ class AllExits(nn.Module):
 
 
 def truncate(model: MultiExitWrapper, exit_index: int) -> nn.Module:
-    """A model of its own that holds and computes only what one exit needs; its logits are those of the exit, bit by bit.
+    """A model of its own that holds and computes only what one exit needs; logits are bit-equal to that exit's.
 
     Weights are copied, the model stays as it is. timm's `prune_intermediate_layers` cuts the network.
 

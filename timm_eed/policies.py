@@ -19,7 +19,7 @@ import torch
 __all__ = ['POLICIES', 'EarlyExitOutput', 'ExitRule', 'Progress', 'choose_exits']
 
 POLICIES = ('confidence', 'entropy', 'margin', 'patience')
-Thresholds = Union[float, Sequence[Optional[float]]]
+Thresholds = Union[None, float, Sequence[Optional[float]]]
 
 
 class EarlyExitOutput(NamedTuple):
@@ -55,6 +55,7 @@ class ExitRule:
     Args:
         num_exits: k, the main network counted.
         thresholds: k - 1 of them, or one for all exits. None (or inf) switches an exit off: it is not computed.
+            Whole numbers for patience.
         policy: One of POLICIES.
         temperatures: k of them, logits are divided by these before the softmax of the score; all 1 when None.
         ensemble: Whether the answer at an exit, and its score, come from the mean logits of the exits passed so far,
@@ -154,7 +155,7 @@ def choose_exits(rule: ExitRule, logits: Sequence[torch.Tensor]) -> EarlyExitOut
 
 
 def _thresholds(thresholds: Thresholds, count: int, policy: str) -> List[Optional[float]]:
-    if isinstance(thresholds, (int, float)):
+    if thresholds is None or isinstance(thresholds, (int, float)):
         thresholds = [thresholds] * count
     values = [None if t is None or t == math.inf else float(t) for t in thresholds]
     if len(values) != count:

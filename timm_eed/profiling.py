@@ -11,7 +11,7 @@ from .multi_exit import MultiExitWrapper
 from .probe import input_size as model_input_size
 from .probe import meta_twin
 
-__all__ = ['ExitProfile', 'profile', 'profile_with_ensemble']
+__all__ = ['ExitProfile', 'early_exit_gflops', 'profile', 'profile_with_ensemble']
 
 
 class ExitProfile(NamedTuple):
@@ -55,6 +55,24 @@ def profile(
         rows.append(_row(f'exit{number}', flops, _num_params(trunk) + _num_params(exit_head)))
     rows.append(_row('main', _count(twin.backbone, x, norms=norms), _num_params(twin.backbone)))
     return rows
+
+
+def early_exit_gflops(
+        model: MultiExitWrapper,
+        input_size: Optional[Tuple[int, int, int]] = None,
+) -> Tuple[List[float], List[float]]:
+    """What early exit pays for an image, counted as in `profile`.
+
+    Returns:
+        10^9 FLOPs of the network up to each exit's stage and of the whole (k of them), and of each exit (k - 1).
+    """
+    twin, x = _twin_and_input(model, input_size)
+    with torch.no_grad():
+        maps = twin.backbone.forward_intermediates(
+            x, indices=twin.exit_indices, output_fmt='NCHW', intermediates_only=True, stop_early=False)
+    exits = [_count(exit_head, stage_map) / 1e9 for exit_head, stage_map in zip(twin.exits, maps)]
+    rows = profile(model, input_size)
+    return [row.gflops - own for row, own in zip(rows, [*exits, 0.])], exits
 
 
 def profile_with_ensemble(

@@ -148,7 +148,7 @@ def _install() -> None:
     with _lock:
         if _running == 0:
             _original_call = nn.Module._call_impl
-            nn.Module._call_impl = _call  # type: ignore[method-assign]
+            nn.Module._call_impl = _call  # type: ignore[method-assign, assignment]
         _running += 1
 
 
