@@ -126,9 +126,9 @@ def test_targets_that_cannot_be_met_are_said_to_be():
     result = calibrate_logits(logits, targets, TRUNK, HEADS, max_accuracy_drop=-.9)
     assert not result.reached and 'no thresholds are more accurate than' in result.message
     assert result.accuracy == max(p.accuracy for p in result.curve)
-    useless = [torch.randn(100, 5), torch.randn(100, 5), torch.randn(100, 5), F.one_hot(targets, 5) * 9.]
+    useless = [F.one_hot((targets + 1) % 5, 5) * 2.] * 3 + [F.one_hot(targets, 5) * 9.]
     result = calibrate_logits(useless, targets, TRUNK, HEADS, max_accuracy_drop=0.)
-    assert result.reached and result.settings['thresholds'].count(None) < 3 or 'main network alone' in result.message
+    assert result.reached and result.settings['thresholds'] == [None] * 3 and 'main network alone' in result.message
 
 
 def test_exits_that_do_not_pay_are_switched_off():
@@ -184,9 +184,9 @@ def test_refusals_name_the_fix():
     model = timm_eed.create_model('test_resnet', num_classes=4)
     logits, targets = world(20, 0)
     for kwargs in ({}, dict(max_accuracy_drop=.1, max_flops=1e9)):
-        with pytest.raises(ValueError, match='Give one target: max_accuracy_drop=0.01'):
+        with pytest.raises(ValueError, match='Give one target: max_accuracy_drop'):
             calibrate(model, [], **kwargs)
-    with pytest.raises(ValueError, match='must be a share of the images: 0.01 is one point'):
+    with pytest.raises(ValueError, match='must be a share of the images'):
         calibrate(model, [], max_accuracy_drop=2)
     with pytest.raises(ValueError, match='The loader gave no images'):
         calibrate(model, [], max_accuracy_drop=.1)
