@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_eed
-from timm_eed.calibration import Calibration, calibrate, calibrate_logits, collect_logits, fit_temperature
+from timm_eed.calibration import Calibration, calibrate, calibrate_logits, fit_temperature
 from timm_eed.early_exit import EarlyExit
 from timm_eed.policies import POLICIES, ExitRule, Progress, choose_exits
 from timm_eed.profiling import early_exit_gflops
@@ -188,10 +188,10 @@ def test_refusals_name_the_fix():
             calibrate(model, [], **kwargs)
     with pytest.raises(ValueError, match='must be a share of the images'):
         calibrate(model, [], max_accuracy_drop=2)
-    with pytest.raises(ValueError, match='The loader gave no images'):
+    with pytest.raises(ValueError, match='The loader has no images'):
         calibrate(model, [], max_accuracy_drop=.1)
     with pytest.raises(ValueError, match='needs one class index per image'):
-        collect_logits(model, [(torch.randn(2, 3, 64, 64), torch.zeros(2, 4))])
+        calibrate(model, [(torch.randn(2, 3, 64, 64), torch.zeros(2, 4))], max_accuracy_drop=.1)
     with pytest.raises(ValueError, match='has no exits; make them with'):
         calibrate(model.backbone, [], max_accuracy_drop=.1)
     with pytest.raises(ValueError, match='risk_control bounds the accuracy drop'):

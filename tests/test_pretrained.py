@@ -122,22 +122,27 @@ def test_preprocessing_labels_and_card_are_kept(model, tmp_path):
 
 
 @pytest.mark.parametrize('config', [
-    None, dict(policy='confidence', thresholds=[.9, None, .5], temperatures=None),
-    dict(policy='patience', thresholds=[1, 2, 2, 0], temperatures=[1., .5, 2.])])
+    None, dict(policy='confidence', thresholds=[.9, None, .5], temperatures=None, ensemble=True),
+    dict(policy='patience', thresholds=[1, 2, 2], temperatures=[1., .5, 2., 1.], ensemble=False)])
 def test_thresholds_travel_with_the_model(model, tmp_path, config):
     model = copy.deepcopy(model)
     model.early_exit_config = config
     model.save_pretrained(tmp_path)
     assert timm_eed.from_pretrained(tmp_path).early_exit_config == config
     assert copy.deepcopy(model).early_exit_config == config
+    if config:
+        assert timm_eed.EarlyExit(model, **config).rule.thresholds == config['thresholds']
 
 
 @pytest.mark.parametrize('config, message', [
-    (dict(thresholds=[.5] * 3), "'policy' is missing"), (dict(policy='confidence', thresholds=[.5]), '3 to 4 values'),
+    (dict(thresholds=[.5] * 3), "'policy' is missing"),
+    (dict(policy='confidence', thresholds=[.5]), 'list of 3 values'),
     (dict(policy='confidence', thresholds=[.5] * 3, extra=1), "unknown key 'extra'"),
     (dict(policy='confidence', thresholds=[float('nan')] * 3), 'must be a number'),
-    (dict(policy='os.system', thresholds=[.5] * 3), 'must be a policy name'),
-    (dict(policy='confidence', thresholds=[.5] * 3, temperatures=[0, 1, 1]), 'from 1e-06'),
+    (dict(policy='os.system', thresholds=[.5] * 3), 'policy'),
+    (dict(policy='confidence', thresholds=[.5] * 3, temperatures=[0, 1, 1, 1]), 'from 1e-06'),
+    (dict(policy='patience', thresholds=[.5] * 3), 'early_exit: threshold 0.5 does not fit patience'),
+    (dict(policy='confidence', thresholds=[.5] * 3, ensemble=1), 'must be true or false'),
     (torch.ones(3), 'must be a mapping')])
 def test_bad_thresholds_are_not_saved(model, tmp_path, config, message):
     model = copy.deepcopy(model)

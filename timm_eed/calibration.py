@@ -10,13 +10,14 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 
+from .analysis import collect
 from .multi_exit import MultiExitWrapper
 from .policies import ExitRule, Progress, choose_exits
 from .profiling import early_exit_gflops
 from .risk_control import controlled_point, path_of_caution
 from .threshold_search import Objective, Point, Problem, cheapest, most_accurate, pareto, sweep
 
-__all__ = ['Calibration', 'calibrate', 'calibrate_logits', 'collect_logits', 'fit_temperature']
+__all__ = ['Calibration', 'calibrate', 'calibrate_logits', 'fit_temperature']
 
 MOST_SUBSETS = 32  # of exits to have on; beyond five exits all stay on
 
@@ -74,7 +75,7 @@ def calibrate(
 
     Args:
         model: A multi-exit model; put into evaluation mode.
-        loader: Batches (images [B, C, H, W], labels [B]); the model's device and the surrounding autocast are used.
+        loader: Batches (images [B, C, H, W], labels [B]); they go to the model's device, an autocast around it holds.
         max_accuracy_drop: Share of right answers (0.01 is one point) that early exit may lose against the main network;
             the cheapest thresholds within it are chosen.
         max_flops: FLOPs per image (2 per multiply-add, as `profile` counts) that may be spent in the mean; the most
@@ -92,34 +93,13 @@ def calibrate(
     if not isinstance(model, MultiExitWrapper):
         raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
     _check_target(max_accuracy_drop, max_flops, policy, risk_control)
-    logits, targets, size = collect_logits(model, loader)
-    trunk, heads = early_exit_gflops(model, input_size or size)
+    watched = _Watched(loader)
+    predictions = collect(model, watched)
+    trunk, heads = early_exit_gflops(model, input_size or watched.size)
     return calibrate_logits(
-        logits, targets, trunk, heads, max_accuracy_drop=max_accuracy_drop, max_flops=max_flops, policy=policy,
-        ensemble=ensemble, temperature_scaling=temperature_scaling, switch_off=switch_off, risk_control=risk_control)
-
-
-@torch.no_grad()
-def collect_logits(
-        model: MultiExitWrapper,
-        loader: Iterable[Any],
-) -> Tuple[List[torch.Tensor], torch.Tensor, Tuple[int, int, int]]:
-    """Logits of all classifiers, k x [N, K], and labels [N], on the CPU; and the size (C, H, W) of the images."""
-    parameter = next(model.parameters())
-    model.eval()
-    logits: List[List[torch.Tensor]] = []
-    targets: List[torch.Tensor] = []
-    for images, target in loader:
-        if target.ndim != 1:
-            raise ValueError(f'Labels of shape {tuple(target.shape)}: calibration needs one class index per image.')
-        images = images.to(parameter.device)
-        if not torch.is_autocast_enabled(parameter.device.type):
-            images = images.to(parameter.dtype)
-        logits.append([z.float().cpu() for z in model.forward_exits(images).logits])
-        targets.append(target.cpu())
-    if not targets:
-        raise ValueError('The loader gave no images to calibrate on.')
-    return [torch.cat(parts) for parts in zip(*logits)], torch.cat(targets), tuple(images.shape[1:])
+        list(predictions.logits), predictions.targets, trunk, heads, max_accuracy_drop=max_accuracy_drop,
+        max_flops=max_flops, policy=policy, ensemble=ensemble, temperature_scaling=temperature_scaling,
+        switch_off=switch_off, risk_control=risk_control)
 
 
 def calibrate_logits(
@@ -204,6 +184,22 @@ class _Target:
             return False, f'The target cannot be met: no thresholds are more accurate than {curve[-1].accuracy:.4f}.'
         return False, (f'The target cannot be met: {self.max_gflops:.4g} GFLOPs are less than the {curve[0].cost:.4g} '
                        'GFLOPs of leaving at the cheapest exit.')
+
+
+class _Watched:
+    """A loader that looks at what passes."""
+
+    def __init__(self, loader: Iterable[Any]):
+        self.loader = loader
+        self.size: Optional[Tuple[int, int, int]] = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for images, targets in self.loader:
+            if targets.ndim != 1:
+                raise ValueError(
+                    f'Labels of shape {tuple(targets.shape)}: calibration needs one class index per image.')
+            self.size = self.size or tuple(images.shape[1:])
+            yield images, targets
 
 
 class _Images:

@@ -3,7 +3,7 @@ import argparse
 import sys
 from typing import Optional, Sequence
 
-from .commands import info, publish, report, validate
+from .commands import benchmark, calibrate, export, info, publish, report, validate
 
 __all__ = ['build_parser', 'main']
 
@@ -12,7 +12,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog='timm-eed', description='Multi-exit timm models.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for command in (info, validate, report, publish):
+    for command in (info, validate, calibrate, benchmark, report, export, publish):
         command.add_parser(commands)
     return parser
 

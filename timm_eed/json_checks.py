@@ -103,6 +103,13 @@ def optional(check: Check) -> Check:
     return lambda value, where: None if value is None else check(value, where)
 
 
+def flag(value: Any, where: str) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{where} must be true or false, not {_shown(value)}.')
+    return value
+
+
 def whole(least: int, most: int) -> Check:
     """A whole number in a range."""
     def checked(value: Any, where: str) -> int:

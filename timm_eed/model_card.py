@@ -294,7 +294,7 @@ def _early_exit(config: Optional[Dict[str, Any]]) -> str:
         return ''
     values = ', '.join('never' if value is None else f'{value:.4g}' for value in config['thresholds'])
     return (f"## Early exit\n\nCalibrated with policy `{config['policy']}`, thresholds {values}; they come with the "
-            'model as `model.early_exit_config`.')
+            'model: `timm_eed.EarlyExit(model, **model.early_exit_config)`.')
 
 
 def _entries(citation: Optional[Union[str, Sequence[str]]]) -> List[str]:

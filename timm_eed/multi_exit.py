@@ -53,8 +53,7 @@ class MultiExitWrapper(nn.Module):
 
     Attributes:
         early_exit_config: Settings of early exit that are saved and loaded with the model, None until it was
-            calibrated: a mapping with `policy` (name), `thresholds` (a number or None per exit) and `temperatures`
-            (a number per classifier, or None).
+            calibrated (`Calibration.settings`): arguments of `EarlyExit`.
 
     Raises:
         ValueError: If the backbone has no classifier, or an exit index or the exit type is wrong.

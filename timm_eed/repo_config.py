@@ -17,6 +17,7 @@ from .json_checks import (
     MAX_INT,
     Check,
     Fields,
+    flag,
     list_of,
     mapping,
     mapping_of,
@@ -29,6 +30,7 @@ from .json_checks import (
     text,
     whole,
 )
+from .policies import POLICIES, ExitRule
 
 __all__ = ['ExitsConfig', 'check_early_exit_config', 'read_backbone_config', 'read_exits_config']
 
@@ -128,8 +130,11 @@ def check_early_exit_config(content: Any, num_exits: int) -> Optional[Dict[str, 
     """The settings of early exit that travel with a model, checked: None, or a mapping of
 
         policy: name of the rule, as in 'confidence';
-        thresholds: a number per exit, null where nothing leaves, with or without a last one for the main network;
-        temperatures: a positive number per classifier (or per exit), or null.
+        thresholds: a number per exit, null where it is off;
+        temperatures: a positive number per classifier, or null;
+        ensemble: whether the exits passed answer together, false if not given.
+
+    They are arguments of `EarlyExit` and must do for it.
 
     Args:
         content: The settings.
@@ -141,12 +146,18 @@ def check_early_exit_config(content: Any, num_exits: int) -> Optional[Dict[str, 
     if content is None:
         return None
     fields = Fields(content, 'early_exit')
-    policy = fields.take('policy', matching(r'[a-z][a-z_]{0,31}', 'a policy name'))
-    per_exit = dict(least=num_exits - 1, most=num_exits)
-    thresholds = fields.take('thresholds', list_of(optional(number()), **per_exit))
-    temperatures = fields.take('temperatures', optional(list_of(number(1e-6), **per_exit)), None)
+    settings = dict(
+        policy=fields.take('policy', one_of(POLICIES)),
+        thresholds=fields.take('thresholds', list_of(optional(number()), num_exits - 1, num_exits - 1)),
+        temperatures=fields.take('temperatures', optional(list_of(number(1e-6), num_exits, num_exits)), None),
+        ensemble=fields.take('ensemble', flag, False),
+    )
     fields.finish()
-    return dict(policy=policy, thresholds=thresholds, temperatures=temperatures)
+    try:
+        ExitRule(num_exits, **settings)
+    except ValueError as error:
+        raise ValueError(f'early_exit: {error}') from error
+    return settings
 
 
 def read_backbone_config(folder: Path, with_exits: bool = True) -> Dict[str, Any]:

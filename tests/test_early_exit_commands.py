@@ -1,0 +1,116 @@
+"""`timm-eed calibrate`, `benchmark` and `export`, on a run of the script."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import timm_eed
+import train_eed
+from timm_eed import cli
+from timm_eed.latency import measure, time_exits
+from timm_eed.training.runs import load_run
+
+FLAGS = ('--dataset eed/digits --model test_resnet --num-classes 10 --input-size 1 32 32 --mean .3 --std .4 --epochs 3 '
+         '--warmup-epochs 0 --workers 0 --device cpu --lr .05 --smoothing 0 --exit-type linear').split()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs')
+    train_eed.main([*FLAGS, '--output', str(folder), '--experiment', 'a'])
+    return folder / 'a'
+
+
+@pytest.fixture(scope='module')
+def settings_file(run):
+    file = run / 'early.json'
+    cli.main(['calibrate', str(run), '--max-accuracy-drop', '2', '--json', str(file), '--device', 'cpu', '-j', '0'])
+    return file
+
+
+def test_calibrate_shows_what_early_exit_does(run, settings_file, capsys):
+    cli.main(['calibrate', str(run), '--max-accuracy-drop', '2', '--device', 'cpu', '-j', '0'])
+    printed = capsys.readouterr().out
+    assert '355 images, policy confidence' in printed and 'The target is met.' in printed and 'The curve:' in printed
+    result = json.loads(settings_file.read_text())
+    assert result['accuracy'] >= result['main_accuracy'] - .02 and result['gflops'] < result['main_gflops']
+    assert f"{100 * result['accuracy']:.2f} %" in printed and f"{result['gflops']:.4f}" in printed
+    model = load_run(str(run)).model
+    model.early_exit_config = result['settings']
+    model.save_pretrained(run / 'published')
+    assert timm_eed.from_pretrained(run / 'published').early_exit_config == result['settings']
+
+
+def test_calibrate_for_a_budget_and_with_a_guarantee(run, capsys):
+    cli.main(['calibrate', str(run), '--max-gflops', '1e-6', '--device', 'cpu', '-j', '0'])
+    assert 'The target cannot be met: 1e-06 GFLOPs are less than' in capsys.readouterr().out
+    cli.main(['calibrate', str(run), '--max-accuracy-drop', '5', '--risk-control', '--device', 'cpu', '-j', '0'])
+    assert 'at most 5.00 points' in capsys.readouterr().out
+
+
+def test_benchmark_of_real_images(run, settings_file, capsys, tmp_path):
+    out = tmp_path / 'times.json'
+    flags = '--dataset eed/digits --images 40 -b 20 --rounds 2 --device cpu -j 0'.split()
+    cli.main(['benchmark', str(run), *flags, '--settings', str(settings_file), '--json', str(out)])
+    printed = capsys.readouterr().out
+    assert '40 real images in batches of 20' in printed and 'rows leave by: cut' in printed
+    rows = json.loads(out.read_text())['rows']
+    assert [row['name'] for row in rows] == ['exit1', 'exit2', 'exit3', 'main', 'early exit']
+    profile = timm_eed.profile(load_run(str(run)).model, (1, 32, 32))
+    for row, cost in zip(rows, profile):
+        assert row['flops_share'] == pytest.approx(cost.gflops / profile[-1].gflops)
+    assert all(0 < row['p50'] <= row['p95'] for row in rows) and rows[3]['time_share'] == 1
+    assert rows[4]['flops_share'] < 1.1
+
+
+def test_benchmark_without_data_takes_random_images(capsys):
+    cli.main(['benchmark', 'test_convnext', '--num-classes', '4', '--images', '4', '-b', '4', '--rounds', '1',
+              '--thresholds', '0', '--device', 'cpu'])
+    printed = capsys.readouterr().out
+    assert '4 random images' in printed and 'leaving at: exit1 100 %' in printed
+
+
+def test_times_are_those_of_the_clock():
+    """Each function is timed by itself: a clock that ticks once per call of anything."""
+    ticks = iter(range(10 ** 6))
+    times = measure({'a': lambda x: None, 'b': lambda x: next(ticks)}, [torch.zeros(1)] * 2, 3, 1, lambda: next(ticks))
+    assert times == {'a': [[1, 1]] * 3, 'b': [[2, 2]] * 3}
+    early = timm_eed.EarlyExit(timm_eed.create_model('test_resnet', num_classes=3), 1.1)
+    ticks = iter(range(10 ** 6))
+    rows = time_exits(early, [torch.randn(2, 3, 32, 32)], 2, 1, lambda: next(ticks))
+    assert {(row.p50, row.p95, row.throughput, row.time_share) for row in rows} == {(1000., 1000., 2., 1.)}
+
+
+@pytest.mark.parametrize('who', ['main', 'exit2', 'all'])
+@pytest.mark.parametrize('suffix', ['onnx', 'pt2'])
+def test_export(run, who, suffix, tmp_path, capsys):
+    file = tmp_path / f'model.{suffix}'
+    cli.main(['export', str(run), '--output', str(file), '--exit', who, '--device', 'cpu'])
+    assert f'{who} of' in capsys.readouterr().out
+    x = torch.randn(3, 1, 32, 32)
+    with torch.no_grad():
+        logits = load_run(str(run)).model.forward_exits(x).logits
+    expected = {'main': logits[-1:], 'exit2': logits[1:2], 'all': logits}[who]
+    if suffix == 'pt2':
+        outputs = torch.export.load(file).module()(x)
+        outputs = [z.detach().numpy() for z in (outputs if who == 'all' else [outputs])]
+    else:
+        session = pytest.importorskip('onnxruntime').InferenceSession(file, providers=['CPUExecutionProvider'])
+        outputs = session.run(None, {'images': x.numpy()})
+    assert len(outputs) == len(expected)
+    for z, reference in zip(outputs, expected):
+        assert np.allclose(z, reference.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize('command, message', [
+    ('export test_resnet --output x.bin', r'must end in \.onnx or \.pt2'),
+    ('export test_resnet --output x.onnx --exit exit9', "no exit 'exit9'; choose exit1, exit2, exit3, main or all"),
+    ('benchmark test_resnet --settings nowhere.json', 'is no file of `timm-eed calibrate --json`'),
+    ('benchmark test_resnet --settings a --thresholds 1', 'not both'),
+    ('benchmark test_resnet --thresholds 1 2', '2 thresholds for 3 exits'),
+    ('benchmark test_resnet --images 0', 'must be at least 1'),
+])
+def test_refusals_name_the_fix(command, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main([*command.split(), '--device', 'cpu'])
