@@ -36,7 +36,7 @@ from timm_eed.profiling import early_exit_gflops
 MODELS = ['resnet18', 'resnet50', 'convnext_tiny', 'swin_tiny_patch4_window7_224', 'deit_small_patch16_224',
           'efficientnet_b0']
 SHARES = [0., .25, .5, .75, .9, 1.]
-ROUNDS = {1: 15, 8: 9, 32: 5}
+ROUNDS = {1: 7, 8: 5, 32: 5}
 STREAM = 8  # images timed one by one at batch 1
 FIELDS = ['model', 'exit_type', 'exit', 'batch', 'share', 'left', 'rounds', 'plain_ms', 'early_ms', 'earlyon_ms',
           'oracle_ms', 'early_oracle', 'early_oracle_low', 'early_oracle_high', 'early_plain', 'early_earlyon',
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument('--shares', nargs='+', type=float, default=SHARES, help='shares of the samples that leave')
     parser.add_argument('--exit', type=int, default=2, help='the exit that is on, 1 is exit1')
     parser.add_argument('--exit-type', default='linear', choices=timm_eed.EXIT_TYPES, help='kind of head')
-    parser.add_argument('--rounds', type=int, help='timed rounds (15, 9 and 5 for batches of 1, 8 and 32)')
+    parser.add_argument('--rounds', type=int, help='timed rounds (7, 5 and 5 for batches of 1, 8 and 32)')
     parser.add_argument('--clock', default='cpu', choices=CLOCKS, help='CPU time of the thread, or wall clock')
     parser.add_argument('--csv', default=CSV, help='file of rows')
     parser.add_argument('--summary', action='store_true', help='write the summary only')

@@ -292,7 +292,37 @@ class KeepsTheBatch(ThirdPartyNet):
         return self.forward_intermediates(x, indices=[2])[0]
 
 
-class CountsItsCalls(KeepsTheBatch):
+class MapsPassThroughOneModule(ThirdPartyNet):
+    """A module that the forward pass does not know, and that each stage map is the first of its pass to enter."""
+
+    def __init__(self):
+        super().__init__()
+        self.reorder = nn.Hardtanh(-.5, .5)
+
+    def forward_intermediates(self, x, indices=None, output_fmt='NCHW', intermediates_only=False, stop_early=False):
+        x, maps = x.permute(0, 2, 3, 1), []
+        for i, stage in enumerate(self.stages[:max(indices) + 1] if stop_early else self.stages):
+            x = self._stage(stage, x)
+            if i in indices:
+                maps.append(self.reorder(x).permute(0, 3, 1, 2))
+        return maps if intermediates_only else (x, maps)
+
+    def forward_features(self, x):
+        x = x.permute(0, 2, 3, 1)
+        for stage in self.stages:
+            x = self._stage(stage, x)
+        return x
+
+
+def test_a_module_with_other_inputs_is_not_replayed():
+    model = timm_eed.wrap(MapsPassThroughOneModule())
+    x = torch.randn(7, 3, 16, 16)
+    early = EarlyExit(model)
+    assert early.prepare(x).name == 'replay'
+    check(early, x, (1, 2, 7))
+
+
+class NumbersItsRows(KeepsTheBatch):
     """Neither cut nor replay gives what the full batch gives: rows are numbered through the batch."""
 
     def forward_head(self, x, pre_logits=False):
@@ -300,10 +330,10 @@ class CountsItsCalls(KeepsTheBatch):
 
 
 def test_what_cannot_be_cut_falls_back_and_says_so():
-    model = timm_eed.wrap(CountsItsCalls())
+    model = timm_eed.wrap(NumbersItsRows())
     x = torch.randn(4, 3, 16, 16)
     early = EarlyExit(model)
-    with pytest.warns(UserWarning, match='CountsItsCalls cannot go on with a part of a batch: answers are right'):
+    with pytest.warns(UserWarning, match='NumbersItsRows cannot go on with a part of a batch: answers are right'):
         assert early.prepare(x).name == 'whole'
     with torch.no_grad():
         logits = model.forward_exits(x).logits

@@ -14,7 +14,7 @@ Shapes: B rows of the batch, C channels, H x W stage map.
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -33,6 +33,16 @@ _running = 0
 _original_call = nn.Module._call_impl
 
 
+class _Record(NamedTuple):
+    """A finished call: what it returned, the call that finished before it, and the calls inside it.
+
+    With another call before it a module has other inputs, and runs again.
+    """
+    output: Any
+    after: Optional[Key]
+    inside: List[Key]
+
+
 class Replay:
     """A batch on its way through a network.
 
@@ -46,10 +56,11 @@ class Replay:
         self.backbone = backbone
         self.x = x
         self.rows = rows or {}
-        self.recorded: Dict[Key, Tuple[Any, List[Key]]] = {}  # output, calls made inside
+        self.recorded: Dict[Key, _Record] = {}
         self._names = {module: name for name, module in backbone.named_modules() if _is_recorded(name, module)}
         self._counts: Counter[str] = Counter()
         self._log: List[Key] = []
+        self._finished: Optional[Key] = None
 
     def stage_map(self, index: int) -> torch.Tensor:
         """Go on to the end of a stage; its map [B, C, H, W] as timm's `forward_intermediates` gives it."""
@@ -70,17 +81,19 @@ class Replay:
         """
         batch = len(self.x)
         self.x = take_rows(self.x, batch, rows)
-        for key, (output, inside) in self.recorded.items():
+        for key, record in self.recorded.items():
             if key not in self.rows:
                 raise NetworkChanged
             which = iter(self.rows[key])
-            output = map_leaves(output, lambda leaf: take_rows(leaf, batch, rows) if next(which) else leaf)  # noqa: B023
-            self.recorded[key] = output, inside
+            output = map_leaves(
+                record.output, lambda leaf: take_rows(leaf, batch, rows) if next(which) else leaf)  # noqa: B023
+            self.recorded[key] = record._replace(output=output)
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
         self._counts.clear()
         self._log.clear()
+        self._finished = None
         outer = getattr(_here, 'replay', None)
         _here.replay = self
         _install()
@@ -98,18 +111,19 @@ class Replay:
         self._counts[name] += 1
         key = name, self._counts[name]
         self._log.append(key)
-        if key in self.recorded:
-            output, inside = self.recorded[key]
-            self._log.extend(inside)
-            self._counts.update(child for child, _ in inside)
-            return output
-        start = len(self._log)
-        output = _original_call(module, *args, **kwargs)
-        inside = self._log[start:]
-        for child in inside:
-            self.recorded.pop(child, None)
-        self.recorded[key] = output, inside
-        return output
+        record = self.recorded.get(key)
+        if record is not None and record.after == self._finished:
+            self._log.extend(record.inside)
+            self._counts.update(child for child, _ in record.inside)
+        else:
+            start, after = len(self._log), self._finished
+            output = _original_call(module, *args, **kwargs)
+            record = _Record(output, after, self._log[start:])
+            for child in record.inside:
+                self.recorded.pop(child, None)
+            self.recorded[key] = record
+        self._finished = key
+        return record.output
 
 
 def find_rows(backbone: TimmModel, indices: Sequence[int], x: torch.Tensor) -> Rows:
@@ -126,7 +140,7 @@ def find_rows(backbone: TimmModel, indices: Sequence[int], x: torch.Tensor) -> R
         for index in indices:
             replay.stage_map(index)
         lengths.append({key: [len(leaf) if leaf.ndim else 0 for leaf in leaves(output)]
-                        for key, (output, _) in replay.recorded.items()})
+                        for key, (output, *_) in replay.recorded.items()})
     few, many = lengths
     return {key: tuple(0 < a < b for a, b in zip(few[key], many[key])) for key in many}
 
