@@ -8,7 +8,6 @@ import weakref
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn as nn
 from hypothesis import given, settings
@@ -25,6 +24,8 @@ from timm_eed.probe import input_size
 
 SMALL = ['test_resnet', 'test_vit', 'test_convnext', 'test_mambaout']
 WAYS = ['cut', 'replay', 'whole']
+FAMILIES = [pytest.param(row, id=row['name'], marks=[pytest.mark.slow] * (float(row['seconds']) > 1.5))
+            for row in quickest_of_each_family().values()]
 
 
 def make(name='test_resnet', **kwargs):
@@ -88,12 +89,19 @@ def rule_between(logits, **kwargs):
     return rule
 
 
-def assert_same(out, expected, logits):
-    """The same exits, and answers within 1e-5 of the scale that the exit's logits have on all samples."""
+def assert_same(out, expected, logits, tolerance=1e-5):
+    """The same exits, and answers within a tolerance of the scale that the exit's logits have on all samples."""
     assert torch.equal(out.exit_index, expected.exit_index)
     scales = torch.stack([z.abs().max() for z in logits])[out.exit_index]
-    assert ((out.logits - expected.logits).abs().amax(1) <= 1e-5 * scales).all()
+    assert ((out.logits - expected.logits).abs().amax(1) <= tolerance * scales).all()
     assert torch.allclose(out.confidence, expected.confidence, atol=1e-3)
+
+
+def rounding(model, x, rows, logits):
+    """What the whole model's logits differ by when it gets a part of the images: kernels round otherwise."""
+    with torch.no_grad():
+        parts = model.forward_exits(x[rows]).logits
+    return max(float((part - z[rows]).abs().max() / z.abs().max()) for part, z in zip(parts, logits))
 
 
 def some_of(output, rows):
@@ -101,7 +109,10 @@ def some_of(output, rows):
 
 
 def check(early, x, batches, **rule_kwargs):
-    """Batches in any order against finished logits of all exits; some samples leave, some stay."""
+    """Batches in any order against finished logits of all exits; some samples leave, some stay.
+
+    Answers are within 1e-5, or twice what the whole model differs by on that batch (some networks amplify rounding).
+    """
     with torch.no_grad():
         logits = early.model.forward_exits(x).logits
     early.rule = rule_between(logits, **rule_kwargs)
@@ -110,13 +121,14 @@ def check(early, x, batches, **rule_kwargs):
     generator = torch.Generator().manual_seed(2)
     for batch in batches:
         order = torch.randperm(len(x), generator=generator)[:batch]
-        assert_same(early(x[order]), some_of(expected, order), logits)
+        tolerance = max(1e-5, 2 * rounding(early.model, x, order, logits))
+        assert_same(early(x[order]), some_of(expected, order), logits, tolerance)
 
 
-@pytest.mark.parametrize('row', quickest_of_each_family().values(), ids=lambda row: row['name'])
+@pytest.mark.parametrize('row', FAMILIES)
 def test_one_model_per_family(row):
     torch.manual_seed(0)
-    model = timm_eed.wrap(timm.create_model(row['name'], num_classes=5)).eval()
+    model = timm_eed.create_model(row['name'], num_classes=5, exit_type='linear').eval()
     randomise(model)
     x = images(7, model, int(row['input'].split('x')[-1]))
     settle(model, x)
