@@ -177,6 +177,13 @@ def test_calibrated_model_does_what_was_expected():
     profile = timm_eed.profile(model, (1, 32, 32))
     assert result.main_gflops == profile[-1].gflops == trunk[-1]
     assert [a + b for a, b in zip(trunk, heads)] == pytest.approx([row.gflops for row in profile[:-1]])
+    with torch.no_grad():
+        logits = model.forward_exits(x).logits
+    assert [p.cost for p in result.classifiers] == pytest.approx([row.gflops for row in profile])
+    assert [p.accuracy for p in result.classifiers] == pytest.approx(
+        [float((z.argmax(1) == targets).double().mean()) for z in logits])
+    for i, point in enumerate(result.classifiers):
+        assert EarlyExit(model, point.thresholds)(x).exit_index.tolist() == [i] * 96
     assert len(early.rule.enabled) > 0 and result.gflops < result.main_gflops
 
 

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import timm_eed
 import train_eed
@@ -36,10 +37,35 @@ def test_calibrate_shows_what_early_exit_does(run, settings_file, capsys):
     result = json.loads(settings_file.read_text())
     assert result['accuracy'] >= result['main_accuracy'] - .02 and result['gflops'] < result['main_gflops']
     assert f"{100 * result['accuracy']:.2f} %" in printed and f"{result['gflops']:.4f}" in printed
-    model = load_run(str(run)).model
-    model.early_exit_config = result['settings']
-    model.save_pretrained(run / 'published')
-    assert timm_eed.from_pretrained(run / 'published').early_exit_config == result['settings']
+
+
+def test_calibrate_draws_the_curve(run, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    picture = tmp_path / 'curve.png'
+    cli.main(['calibrate', str(run), '--max-accuracy-drop', '2', '--device', 'cpu', '-j', '0',
+              '--figure', str(picture)])
+    assert len(np.unique(np.asarray(Image.open(picture).convert('RGB')).reshape(-1, 3), axis=0)) > 10
+
+
+def test_thresholds_are_published_and_used(run, settings_file, capsys, tmp_path):
+    folder, out = tmp_path / 'published', tmp_path / 'times.json'
+    cli.main(['publish', str(run / 'args.yaml'), '--checkpoint', str(run), '--repo', 'me/early', '--dry-run',
+              str(folder), '--early-exit', str(settings_file)])
+    assert 'timm_eed.EarlyExit(model, **model.early_exit_config)' in capsys.readouterr().out
+    settings = json.loads(settings_file.read_text())['settings']
+    assert timm_eed.from_pretrained(folder).early_exit_config == settings
+    for name in (str(folder), f'local-dir:{folder}'):
+        cli.main(['benchmark', name, '--images', '2', '--rounds', '1', '--device', 'cpu', '--json', str(out)])
+        assert json.loads(out.read_text())['settings'] == settings
+    cli.main(['validate', str(folder), '--dataset', 'eed/digits', '--device', 'cpu', '-j', '0', '--json', str(out)])
+    model, measured = timm_eed.from_pretrained(folder), json.loads(out.read_text())['metrics']
+    cli.main(['validate', str(run), '--device', 'cpu', '-j', '0', '--json', str(out)])
+    assert measured == json.loads(out.read_text())['metrics'] and len(measured) == model.num_exits + 1
+    (tmp_path / 'x.json').write_text('{}')
+    with pytest.raises(SystemExit, match='is no file of `timm-eed calibrate --json`'):
+        cli.main(['publish', str(run / 'args.yaml'), '--checkpoint', str(run), '--repo', 'me/early', '--dry-run',
+                  str(tmp_path / 'none'), '--early-exit', str(tmp_path / 'x.json')])
+    assert not (tmp_path / 'none').exists()
 
 
 def test_calibrate_for_a_budget_and_with_a_guarantee(run, capsys):

@@ -34,6 +34,7 @@ class Calibration:
     reached: Whether the target was met. message: The outcome in a sentence.
     guaranteed_drop: With risk control, the bound on the expected accuracy drop; None without.
     curve: The best accuracy found for each cost, from cheap to dear: cost (10^9 FLOPs), accuracy and thresholds.
+    classifiers: The same for each classifier as the only one for all images, the main network last.
     """
     settings: Dict[str, Any]
     accuracy: float
@@ -46,10 +47,12 @@ class Calibration:
     message: str
     guaranteed_drop: Optional[float]
     curve: List[Point]
+    classifiers: List[Point]
 
     def to_dict(self) -> Dict[str, Any]:
-        """As a dictionary for JSON; points of the curve become dictionaries."""
-        return {**asdict(self), 'curve': [point._asdict() for point in self.curve]}
+        """As a dictionary for JSON; points become dictionaries."""
+        points = {name: [p._asdict() for p in getattr(self, name)] for name in ('curve', 'classifiers')}
+        return {**asdict(self), **points}
 
 
 def calibrate(
@@ -242,6 +245,13 @@ class _Images:
         """Of leaving at an exit when these are on: the network up to there, and the exits on the way."""
         return self.trunk[exit_index] + sum(self.heads[i] for i in exits if i <= exit_index)
 
+    def alone(self) -> List[Point]:
+        """Each classifier as the only one for all images."""
+        last, always = len(self.heads), 1. if self.rule.policy == 'patience' else 0.
+        right = [float((z.argmax(1) == self.targets).double().mean()) for z in self.logits]
+        return [Point(self.cost(i, [i]), right[i], tuple(always if j == i else None for j in range(last)))
+                for i in range(last)] + [self.main]
+
     def points(self, target: _Target, switch_off: bool) -> List[Point]:
         """Points of the curve for every subset of exits, the best of each improved for the target."""
         objective = target.objective(self.main)
@@ -297,7 +307,7 @@ class _Images:
         settings = {**self.rule.settings(), 'thresholds': list(point.thresholds)}
         return Calibration(
             settings, point.accuracy, gflops, self.main.accuracy, self.main.cost, shares, len(taken), reached, message,
-            guaranteed_drop, curve)
+            guaranteed_drop, curve, self.alone())
 
 
 def _check_target(

@@ -2,15 +2,26 @@
 
 Figure numbers are those of 'Exit-Ensemble Distillation'.
 """
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
 from .curves import Group
 
-__all__ = ['curves_figure', 'dissimilarity_figure', 'right_wrong_figure']
+__all__ = ['TradeOff', 'curves_figure', 'dissimilarity_figure', 'right_wrong_figure', 'trade_off_figure']
 
 _SPLITS = {'train': 'training images', 'eval': 'validation images'}
+
+
+class TradeOff(NamedTuple):
+    """What one way to answer images costs and gives.
+
+    name: exit1, .., main (all images answered there), ensemble (of all), or early exit (any number of rows).
+    top1: Accuracy (%). costs: By what the axis says, as in {'GFLOPs per image': 1.2}.
+    """
+    name: str
+    top1: float
+    costs: Dict[str, float]
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> Any:
@@ -102,4 +113,29 @@ def dissimilarity_figure(matrices: Dict[str, np.ndarray], contrasts: Dict[str, f
         panel.set_xticks([])
         panel.set_yticks([])
         figure.colorbar(image, ax=panel, shrink=.75).ax.tick_params(labelsize=7)
+    return figure
+
+
+def _kind_of(name: str) -> str:
+    return name if name in ('early exit', 'ensemble') else 'one exit for all images'
+
+
+def trade_off_figure(rows: Sequence[TradeOff]) -> Any:
+    """Accuracy against cost, a panel per kind of cost: one exit for all images, the ensemble, early exit."""
+    kinds = list(rows[0].costs)
+    figure, axes = _figure(1, len(kinds), 5., 3.4)
+    for panel, kind in zip(axes[0], kinds):
+        for label, style in (('early exit', '.-C1'), ('ensemble', 'sC2'), ('one exit for all images', 'o--C0')):
+            points = sorted((row for row in rows if _kind_of(row.name) == label), key=lambda row: row.costs[kind])
+            if points:
+                panel.plot([row.costs[kind] for row in points], [row.top1 for row in points], style, label=label)
+            for row in points if label != 'early exit' else ():
+                panel.annotate(row.name, (row.costs[kind], row.top1), xytext=(4, -11), textcoords='offset points',
+                               fontsize=8)
+        panel.set_xlabel(kind, fontsize=9)
+        panel.set_ylabel('top-1 (%)', fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=.3)
+        panel.margins(.12)
+    axes[0, 0].legend(fontsize=8, loc='lower right')
     return figure

@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
+from .figures import TradeOff, trade_off_figure
 from .multi_exit import MultiExitWrapper
 from .profiling import profile_with_ensemble
 
@@ -67,26 +68,14 @@ def accuracy_figure(rows: Sequence[ExitResult], path: Union[str, Path, BinaryIO]
         rows: Results as `exit_results` gives them.
         path: The file, by name or open.
     """
-    measured = [(row.exit, row.gflops, row.top1) for row in rows if row.top1 is not None]
+    measured = [TradeOff(row.exit, row.top1, {'GFLOPs per image': row.gflops}) for row in rows if row.top1 is not None]
     if len(measured) < 2:
         return False
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _logger.warning('No figure for the model card: it needs matplotlib (pip install "timm-eed[plot]").')
+        figure = trade_off_figure(measured)
+    except ValueError as error:
+        _logger.warning(f'No figure for the model card: {error}')
         return False
-    figure = Figure(figsize=(6, 4), dpi=120, layout='constrained')
-    axes = figure.subplots()
-    line = [(gflops, top1) for name, gflops, top1 in measured if name != 'ensemble']
-    axes.plot(*zip(*line), 'o-', label='exits and main network')
-    for name, gflops, top1 in measured:
-        if name == 'ensemble':
-            axes.plot(gflops, top1, 's', label='ensemble')
-        axes.annotate(name, (gflops, top1), xytext=(0, 7), textcoords='offset points', ha='center')
-    axes.set(xlabel='GFLOPs per image', ylabel='top-1 accuracy (%)')
-    axes.grid(alpha=.3)
-    axes.margins(.15)
-    axes.legend()
     figure.savefig(path, format='png', metadata={'Software': None})
     return True
 

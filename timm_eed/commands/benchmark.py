@@ -11,7 +11,7 @@ from ..early_exit import EarlyExit
 from ..latency import Timing, time_exits
 from ..multi_exit import MultiExitWrapper
 from ..policies import POLICIES
-from .inputs import Inputs, add_data_arguments, add_model_arguments, load_data, load_model
+from .inputs import Inputs, add_data_arguments, add_model_arguments, load_data, load_model, load_settings
 
 __all__ = ['add_parser']
 
@@ -77,11 +77,7 @@ def _settings(args: argparse.Namespace, model: MultiExitWrapper) -> Dict[str, An
     if args.settings and args.thresholds:
         raise ValueError('give --settings or --thresholds, not both.')
     if args.settings:
-        try:
-            with open(args.settings, encoding='utf-8') as file:
-                return dict(json.load(file)['settings'])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"'{args.settings}' is no file of `timm-eed calibrate --json`: {error}") from error
+        return load_settings(args.settings)
     if args.thresholds:
         thresholds = args.thresholds * len(model.exits) if len(args.thresholds) == 1 else args.thresholds
         return dict(thresholds=thresholds, policy=args.policy)

@@ -5,6 +5,7 @@ from typing import Any, List
 
 from ..analysis import classifier_names
 from ..calibration import Calibration, calibrate
+from ..figures import TradeOff, trade_off_figure
 from ..multi_exit import MultiExitWrapper
 from ..policies import POLICIES
 from .inputs import add_data_arguments, add_model_arguments, load_data, load_model
@@ -32,6 +33,7 @@ def add_parser(commands: Any) -> None:
                         help='guarantee the accuracy drop for images to come (conformal risk control)')
     parser.add_argument('--json', metavar='FILE', help='write settings, figures and curve to a file, too; '
                                                        '`timm-eed benchmark --settings FILE` reads it')
+    parser.add_argument('--figure', metavar='FILE', help='draw the curve (PNG, SVG or PDF)')
     parser.set_defaults(run=_run)
 
 
@@ -50,6 +52,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         with open(args.json, 'w', encoding='utf-8') as file:
             json.dump(dict(model=args.model, **result.to_dict()), file, indent=2)
+    if args.figure:
+        figure(result).savefig(args.figure)
 
 
 def table(result: Calibration) -> List[str]:
@@ -71,3 +75,12 @@ def table(result: Calibration) -> List[str]:
     lines += [f'{point.cost:9.4f}  {100 * point.cost / result.main_gflops:5.1f} %  {100 * point.accuracy:6.2f} %'
               for point in [*result.curve[:-1:step], result.curve[-1]]]
     return lines
+
+
+def figure(result: Calibration) -> Any:
+    """The curve, and the classifiers as the only one for all images."""
+    kind = 'GFLOPs per image'
+    rows = [TradeOff('early exit', 100 * point.accuracy, {kind: point.cost}) for point in result.curve]
+    rows += [TradeOff(name, 100 * point.accuracy, {kind: point.cost})
+             for name, point in zip(classifier_names(len(result.classifiers)), result.classifiers)]
+    return trade_off_figure(rows)

@@ -1,5 +1,6 @@
 """What commands read: a model by name or from a run, and images to run it on."""
 import argparse
+import json
 import os
 from typing import Any, Dict, NamedTuple
 
@@ -8,12 +9,12 @@ import torch
 from timm.data import resolve_data_config
 
 from ..exits import TimmModel
-from ..multi_exit import check_model_name, wrap
+from ..multi_exit import check_model_name, create_model, wrap
 from ..training.data import create_evaluation_loader
 from ..training.flags import add_exit_arguments, build_parser
 from ..training.runs import load_run
 
-__all__ = ['Inputs', 'add_data_arguments', 'add_model_arguments', 'load_data', 'load_model']
+__all__ = ['Inputs', 'add_data_arguments', 'add_model_arguments', 'load_data', 'load_model', 'load_settings']
 
 
 class Inputs(NamedTuple):
@@ -26,7 +27,8 @@ class Inputs(NamedTuple):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and the flags that belong to it."""
-    parser.add_argument('model', metavar='MODEL', help='folder of a run, a checkpoint in it, or a timm model')
+    parser.add_argument('model', metavar='MODEL', help=(
+        'folder of a run, a checkpoint in it, a timm model, or a saved model: its folder, or hf-hub:user/name'))
     parser.add_argument('--checkpoint', default='last', metavar='WHICH',
                         help='checkpoint of a run: last, best or a file name (default: last)')
     parser.add_argument('--no-ema', action='store_true', help='not the moving average, where the run kept one')
@@ -54,20 +56,47 @@ def load_model(args: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: If there is no such run, checkpoint or model.
     """
-    if os.path.exists(args.model):
+    saved = os.path.isfile(os.path.join(args.model, 'eed', 'config.json'))
+    if os.path.exists(args.model) and not saved:
         run = load_run(args.model, args.checkpoint, ema=not args.no_ema)
         kind = ' (moving average)' if run.ema else ''
         title = f'{args.model}: {run.args.model} after {run.epoch} epochs{kind}'
         return Inputs(run.model.to(args.device), run.data_config, run.args, title)
-    if os.sep in args.model and ':' not in args.model:
-        raise ValueError(f"there is no run and no checkpoint '{args.model}'.")
-    check_model_name(args.model)
-    kwargs = {} if args.num_classes is None else dict(num_classes=args.num_classes)
-    backbone = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
-    model = wrap(backbone, args.exit_indices, args.exit_type, **args.exit_kwargs).eval().to(args.device)
-    weights = 'pretrained, exits untrained' if args.pretrained else 'untrained'
-    return Inputs(model, resolve_data_config({}, model=model), build_parser().parse_args([]),
-                  f'{args.model} ({weights})')
+    name = f'local-dir:{args.model}' if saved else args.model
+    if os.sep in name and ':' not in name:
+        raise ValueError(
+            f"there is no run and no checkpoint '{name}'; a model of the Hub is called 'hf-hub:{name}'.")
+    return _load_by_name(args, name)
+
+
+def _load_by_name(args: argparse.Namespace, name: str) -> Inputs:
+    kwargs: Dict[str, Any] = {} if args.num_classes is None else dict(num_classes=args.num_classes)
+    if ':' in name:
+        try:
+            model = create_model(name, True, args.exit_indices, args.exit_type, **kwargs)
+        except ConnectionError as error:
+            raise ValueError(error) from error
+        title = name.partition(':')[2]
+    else:
+        check_model_name(name)
+        backbone = timm.create_model(name, pretrained=args.pretrained, **kwargs)
+        model = wrap(backbone, args.exit_indices, args.exit_type, **args.exit_kwargs)
+        title = f"{name} ({'pretrained, exits untrained' if args.pretrained else 'untrained'})"
+    flags = build_parser().parse_args([])
+    return Inputs(model.eval().to(args.device), resolve_data_config({}, model=model), flags, title)
+
+
+def load_settings(path: str) -> Dict[str, Any]:
+    """Arguments of `EarlyExit` from a file of `timm-eed calibrate --json`.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            return dict(json.load(file)['settings'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{path}' is no file of `timm-eed calibrate --json`: {error}") from error
 
 
 def load_data(args: argparse.Namespace, inputs: Inputs) -> Any:

@@ -3,6 +3,7 @@ import argparse
 from typing import Any
 
 from ..training.publish import publish_run, read_sections, write_run
+from .inputs import load_settings
 
 __all__ = ['add_parser']
 
@@ -19,6 +20,7 @@ def add_parser(commands: Any) -> None:
     add('--checkpoint', required=True, metavar='RUN_DIR', help='folder of the run (its last checkpoint), or a '
                                                                'checkpoint in it as in RUN_DIR/model_best.pth.tar')
     add('--repo', required=True, metavar='USER/NAME', help='repo, made if it does not exist')
+    add('--early-exit', metavar='FILE', help='thresholds from `timm-eed calibrate --json FILE` that go with the model')
     add('--dry-run', metavar='DIR', help='write the files into this folder and print the card, push nothing')
     add('--private', action='store_true', help='a new repo is private')
     add('--revision', metavar='BRANCH', help='branch to push to; main if not given')
@@ -30,12 +32,14 @@ def add_parser(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     sections = read_sections(args.config)
+    early_exit = load_settings(args.early_exit) if args.early_exit else None
     if args.dry_run:
-        card = write_run(args.checkpoint, args.repo, args.dry_run, sections, args.config)
+        card = write_run(args.checkpoint, args.repo, args.dry_run, sections, args.config, early_exit)
         return print(card)
     try:
         commit = publish_run(
-            args.checkpoint, args.repo, sections, args.config, private=args.private or None, revision=args.revision,
+            args.checkpoint, args.repo, sections, args.config, early_exit,
+            private=args.private or None, revision=args.revision,
             create_pr=args.create_pr, commit_message=args.commit_message, overwrite_card=args.overwrite_card)
     except ConnectionError as error:
         raise ValueError(error) from error

@@ -88,6 +88,7 @@ def publish_run(
         repo_id: str,
         sections: Optional[Sections] = None,
         config_path: str = '',
+        early_exit: Optional[Dict[str, Any]] = None,
         **push_kwargs: Any,
 ) -> CommitInfo:
     """Publish the model of a run; see `write_run` for what, `timm_eed.hub.push_folder` for how.
@@ -97,6 +98,7 @@ def publish_run(
         repo_id: Repo as 'user/name'.
         sections: Results and card data from a config file.
         config_path: That file, for messages.
+        early_exit: Settings that the model is to carry, arguments of `EarlyExit`.
         push_kwargs: Arguments of `push_folder`.
 
     Raises:
@@ -104,7 +106,7 @@ def publish_run(
         ConnectionError: If the Hub cannot be reached.
     """
     with TemporaryDirectory() as folder:
-        write_run(run_path, repo_id, folder, sections, config_path)
+        write_run(run_path, repo_id, folder, sections, config_path, early_exit)
         return push_folder(folder, repo_id, **push_kwargs)
 
 
@@ -114,6 +116,7 @@ def write_run(
         folder: Union[str, Path],
         sections: Optional[Sections] = None,
         config_path: str = '',
+        early_exit: Optional[Dict[str, Any]] = None,
 ) -> ModelCard:
     """Write the model of a run into a folder as it is published, and return its card.
 
@@ -121,7 +124,7 @@ def write_run(
     summary.csv, the recipe is what args.yaml says.
 
     Args:
-        run_path, repo_id, sections, config_path: See `publish_run`.
+        run_path, repo_id, sections, config_path, early_exit: See `publish_run`.
         folder: The folder, made if it does not exist.
 
     Raises:
@@ -137,6 +140,7 @@ def write_run(
     card = {**_from_arguments(args), **sections.card}
     metrics = _metrics(run, run_path, run_dir)
     _compare(args, config_path)
+    run.model.early_exit_config = early_exit
     # the architecture's default entry tells of timm's weights, not of these
     own = dict(pretrained_cfg=dict(license=card.get('license'), tag=None))
     run.model.save_pretrained(folder, metrics=metrics, data_config=run.data_config, model_config=own)
