@@ -4,6 +4,7 @@ Shapes: N images, K classes, k classifiers (the main network counted).
 """
 import itertools
 import math
+import operator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -13,7 +14,7 @@ import torch
 from .analysis import collect
 from .multi_exit import MultiExitWrapper
 from .policies import ExitRule, Progress, choose_exits
-from .profiling import early_exit_gflops
+from .profiling import early_exit_gflops, leaving_gflops
 from .risk_control import controlled_point, path_of_caution
 from .threshold_search import Objective, Point, Problem, cheapest, most_accurate, pareto, sweep
 
@@ -241,16 +242,13 @@ class _Images:
         return [self.rule.answer(i, self.logits[i], progress)
                 for i in [*(range(last) if exits is None else exits), last]]
 
-    def cost(self, exit_index: int, exits: Sequence[int]) -> float:
-        """Of leaving at an exit when these are on: the network up to there, and the exits on the way."""
-        return self.trunk[exit_index] + sum(self.heads[i] for i in exits if i <= exit_index)
-
     def alone(self) -> List[Point]:
         """Each classifier as the only one for all images."""
         last, always = len(self.heads), 1. if self.rule.policy == 'patience' else 0.
         right = [float((z.argmax(1) == self.targets).double().mean()) for z in self.logits]
-        return [Point(self.cost(i, [i]), right[i], tuple(always if j == i else None for j in range(last)))
-                for i in range(last)] + [self.main]
+        costs = map(operator.add, self.trunk, self.heads)
+        return [Point(cost, right[i], tuple(always if j == i else None for j in range(last)))
+                for i, cost in enumerate(costs)] + [self.main]
 
     def points(self, target: _Target, switch_off: bool) -> List[Point]:
         """Points of the curve for every subset of exits, the best of each improved for the target."""
@@ -259,7 +257,8 @@ class _Images:
         for exits in self._subsets(switch_off):
             answers, scores = zip(*self._passed(exits))
             right = torch.stack([answer.argmax(1) == self.targets for answer in answers], dim=1)
-            costs = [self.cost(i, exits) for i in [*exits, len(self.heads)]]
+            by_exit = leaving_gflops(self.trunk, self.heads, exits)
+            costs = [by_exit[i] for i in [*exits, len(self.heads)]]
             problem = Problem(torch.stack(scores[:-1], dim=1), right, costs, whole=self.rule.policy == 'patience')
             found = [self._point(problem, exits, thresholds) for thresholds in sweep(problem, self.main.cost)]
             start = [t for t in target.best(found, self.main).thresholds if t is not None]
@@ -299,7 +298,7 @@ class _Images:
         taken, right = self._taken(point)
         exits = [i for i, threshold in enumerate(point.thresholds) if threshold is not None]
         shares = (torch.bincount(taken, minlength=len(self.logits)).double() / len(taken)).tolist()
-        gflops = sum(share * self.cost(i, exits) for i, share in enumerate(shares))
+        gflops = sum(map(operator.mul, shares, leaving_gflops(self.trunk, self.heads, exits)))
         point = Point(gflops, float(right.double().mean()), point.thresholds)
         reached, message = target.outcome(point, self.main, curve)
         if guaranteed_drop is not None:  # holds for images to come, whatever these show

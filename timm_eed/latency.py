@@ -1,4 +1,5 @@
 """Time of every exit, of the main network and of early exit, on the same images, taken in turns."""
+import operator
 import statistics
 import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
@@ -6,7 +7,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 import torch
 
 from .early_exit import EarlyExit
-from .profiling import early_exit_gflops
+from .profiling import early_exit_gflops, leaving_gflops
 
 __all__ = ['Timing', 'measure', 'time_exits']
 
@@ -51,8 +52,7 @@ def time_exits(
     shares = (torch.bincount(taken, minlength=last + 1).double() / len(taken)).tolist()
     trunk, heads = early_exit_gflops(early.model, tuple(batches[0].shape[1:]))  # type: ignore[arg-type]
     flops = [a + b for a, b in zip(trunk, [*heads, 0.])]
-    flops.append(sum(share * (trunk[i] + sum(heads[j] for j in early.rule.enabled if j <= i))
-                     for i, share in enumerate(shares)))
+    flops.append(sum(map(operator.mul, shares, leaving_gflops(trunk, heads, early.rule.enabled))))
     times = measure(functions, batches, rounds, warmup, clock)
     totals = {name: [sum(each) for each in seconds] for name, seconds in times.items()}
     images = sum(len(x) for x in batches)

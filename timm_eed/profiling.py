@@ -11,7 +11,7 @@ from .multi_exit import MultiExitWrapper
 from .probe import input_size as model_input_size
 from .probe import meta_twin
 
-__all__ = ['ExitProfile', 'early_exit_gflops', 'profile', 'profile_with_ensemble']
+__all__ = ['ExitProfile', 'early_exit_gflops', 'leaving_gflops', 'profile', 'profile_with_ensemble']
 
 
 class ExitProfile(NamedTuple):
@@ -73,6 +73,16 @@ def early_exit_gflops(
     exits = [_count(exit_head, stage_map) / 1e9 for exit_head, stage_map in zip(twin.exits, maps)]
     rows = profile(model, input_size)
     return [row.gflops - own for row, own in zip(rows, [*exits, 0.])], exits
+
+
+def leaving_gflops(trunk: Sequence[float], heads: Sequence[float], enabled: Sequence[int]) -> List[float]:
+    """What an image costs by where it leaves, k values: the network up to there, and the exits on the way that are on.
+
+    Args:
+        trunk, heads: As `early_exit_gflops` gives them.
+        enabled: Exits that are on, 0 is exit1.
+    """
+    return [own + sum(heads[j] for j in enabled if j <= i) for i, own in enumerate(trunk)]
 
 
 def profile_with_ensemble(
