@@ -137,5 +137,5 @@ def trade_off_figure(rows: Sequence[TradeOff]) -> Any:
         panel.tick_params(labelsize=8)
         panel.grid(alpha=.3)
         panel.margins(.12)
-    axes[0, 0].legend(fontsize=8, loc='lower right')
+    axes[0, 0].legend(fontsize=8)
     return figure
