@@ -14,10 +14,11 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 import train_eed
 from timm_eed.training.arguments import parse_args
 from timm_eed.training.build import setup_device
-from timm_eed.training.data import SkippingImageDataset, create_data
+from timm_eed.training.data import create_data
 from timm_eed.training.digits import Digits
-from timm_eed.training.engine import LossTerms
 from timm_eed.training.errors import TrainingError
+from timm_eed.training.loss_terms import LossTerms
+from timm_eed.training.splits import SkippingImageDataset
 
 SMALL = '--model test_resnet --img-size 32 -b 12 -j 0 --epochs 2 --warmup-epochs 0 --lr .01 --device cpu'.split()
 

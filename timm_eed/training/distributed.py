@@ -7,8 +7,9 @@ from timm.task import TrainingTask
 from timm.utils import distribute_bn, unwrap_model
 
 from .checkpoint import Start
-from .data import Data, class_names
+from .data import Data
 from .errors import TrainingError
+from .splits import class_names
 
 __all__ = ['check_processes_agree', 'share_batch_norm']
 

@@ -1,0 +1,183 @@
+"""Data sets of the training script: the splits that the flags name, checked."""
+import argparse
+import logging
+import os
+from typing import Any, Dict, List, Optional, Set, Tuple
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset, MultiLabelTarget, create_dataset
+
+from .digits import Digits
+from .errors import TrainingError
+
+__all__ = ['SkippingImageDataset', 'check_classes', 'class_names', 'create_split', 'encode_labels']
+
+_logger = logging.getLogger(__name__)
+
+# folder names that mean the same split, as timm reads them
+_SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
+
+
+class SkippingImageDataset(ImageDataset):
+    """timm's image data set, which replaces an unreadable image by the next one, with two additions: the image is
+    named, and counted over all loader processes.
+
+    Args:
+        dataset: The data set to read from.
+    """
+
+    def __init__(self, dataset: ImageDataset):
+        super().__init__(
+            root=None,
+            reader=dataset.reader,
+            input_img_mode=dataset.input_img_mode,
+            target_transform=dataset.target_transform,
+        )
+        self.skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._named: Set[int] = set()
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        for _ in range(self._max_retries):
+            try:
+                file, target = self.reader[index]
+                image: Any = Image.open(file)
+                image = image.convert(self.input_img_mode) if self.input_img_mode else image  # decodes the pixels
+                break
+            except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
+                self._skip(index, error)
+                index = (index + 1) % len(self.reader)
+        else:
+            raise TrainingError(
+                f'{self._max_retries} images in a row are unreadable, the last is {self._name(index - 1)}; '
+                'check that the files are whole (TIMM_DATASET_MAX_RETRIES changes the number).')
+        if self.transform is not None:
+            image = self.transform(image)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target
+
+    def _name(self, index: int) -> str:
+        return self.reader.filename(index % len(self.reader), absolute=True)
+
+    def _skip(self, index: int, error: Exception) -> None:
+        self.skipped += 1
+        if index not in self._named:
+            self._named.add(index)
+            _logger.warning(f'Skipped unreadable image {self._name(index)}: {error}')
+
+
+def create_split(
+        args: argparse.Namespace, split: str, data_config: Dict[str, Any], training: bool,
+) -> Optional[Any]:
+    """A data set of one split as the flags name it, None where the name of the split is empty.
+
+    Raises:
+        TrainingError: If it is missing or cannot be read.
+    """
+    if not split:
+        return None
+    image_mode = args.input_img_mode or ('L' if data_config['input_size'][0] == 1 else 'RGB')
+    if args.dataset == 'eed/digits':
+        return Digits(train=training, input_img_mode=image_mode)
+    if not args.dataset:
+        _check_folder(args.data_dir, split)
+    elif args.dataset.startswith('eed/'):
+        raise TrainingError(f"Unknown data set '{args.dataset}'; the package ships eed/digits.")
+    elif args.dataset.startswith('wds/') and not args.data_dir:
+        raise TrainingError('No data: name the folder or address of the shards with --data.')
+    kwargs: Dict[str, Any] = {} if args.dataset.startswith('torch/') else {'input_img_mode': image_mode}
+    if args.target_format:
+        kwargs['target_format'] = args.target_format
+    # torchvision's data sets are kept in a folder, which need not be named
+    root = args.data_dir or ('./data' if args.dataset.startswith('torch/') else None)
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=root,
+            split=split,
+            is_training=training,
+            class_map=args.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            num_samples=args.train_num_samples if training else args.val_num_samples,
+            seed=args.seed,
+            repeats=args.epoch_repeats if training else 0,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+            **kwargs,
+        )
+    except (RuntimeError, OSError, AssertionError, ImportError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"Cannot read split '{split}' of {args.dataset or args.data_dir}: {type(error).__name__}: {error}"
+        ) from error
+    return SkippingImageDataset(dataset) if type(dataset) is ImageDataset else dataset
+
+
+def _check_folder(root: Optional[str], split: str) -> None:
+    """timm reads the root itself where a split is missing, and would validate on training images."""
+    if not root:
+        raise TrainingError('No data: name a folder with --data DIR, or a data set with --dataset NAME.')
+    if not os.path.exists(root):
+        raise TrainingError(
+            f"The data folder '{root}' does not exist (looked from {os.getcwd()}); correct --data.")
+    if not os.path.isdir(root):
+        return  # an archive, which timm's readers open
+    base = split.split('[')[0]
+    names = next((names for names in _SPLIT_NAMES if base in names), (base,))
+    if any(os.path.exists(os.path.join(root, name)) for name in (base, *names)):
+        return
+    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    listing = ', '.join(found[:8]) + (', ..' if len(found) > 8 else '') if found else 'nothing'
+    flag, without = ('--train-split', '') if base in _SPLIT_NAMES[0] else (
+        '--val-split', " or train without one by --val-split ''")
+    raise TrainingError(
+        f"The data folder '{root}' has no '{split}' split: expected a folder {' or '.join(names)} in it, "
+        f'found {listing}. Name another with {flag}{without}.')
+
+
+def class_names(dataset: Any) -> Optional[List[str]]:
+    """Class names in index order where a data set knows them."""
+    by_name = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    if by_name:
+        return sorted(by_name, key=by_name.get)
+    return getattr(dataset, 'classes', None)
+
+
+def check_classes(args: argparse.Namespace, train: Any, validation: Optional[Any], num_classes: int) -> None:
+    """Raise a TrainingError if splits disagree about the classes, or the model has other ones."""
+    classes, validation_classes = class_names(train), class_names(validation)
+    if classes is None:
+        return
+    if validation_classes is not None and classes != validation_classes:
+        differences = [
+            f"only in {name}: {', '.join(sorted(map(str, only))[:5])}"
+            for name, only in (
+                ('train', set(classes) - set(validation_classes)),
+                ('validation', set(validation_classes) - set(classes)),
+            )
+            if only
+        ]
+        raise TrainingError(
+            f'The splits disagree about the classes: {len(classes)} in train, {len(validation_classes)} in validation '
+            f"({'; '.join(differences) or 'same names, other order'}). Labels would not match; "
+            'give every split a folder per class, or a --class-map.')
+    if args.class_map:
+        return  # maps may name classes that no image has
+    if len(classes) > num_classes or (args.num_classes is not None and len(classes) != num_classes):
+        raise TrainingError(
+            f'The data has {len(classes)} classes and the model {num_classes} outputs; '
+            f'pass --num-classes {len(classes)}.')
+    if len(classes) < num_classes and args.primary:
+        _logger.warning(
+            f'The data has {len(classes)} classes, the model its default of {num_classes} outputs; '
+            f'--num-classes {len(classes)} would fit.')
+
+
+def encode_labels(args: argparse.Namespace, dataset: Optional[Any], num_classes: int) -> None:
+    """Multi-label targets become vectors [K] of 0 and 1."""
+    if dataset is not None and args.task == 'multilabel':
+        dataset.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == 'multihot')
