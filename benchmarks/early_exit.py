@@ -19,6 +19,7 @@ import argparse
 import csv
 import os
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -87,7 +88,7 @@ class Case:
         self.left = float((~stays).double().mean())
         self.batches = list(images.split(1)) if one_by_one else [images]
         staying = images[stays]
-        self.staying = list(staying.split(1)) if one_by_one else [staying] * bool(len(staying))
+        self.staying = list(staying.split(1 if one_by_one else len(staying))) if len(staying) else []
         self.earlyon = self._earlyon(threshold, temperature)
         check(torch.cat([self.early(x).logits for x in self.batches]), expected.logits)
 
@@ -166,12 +167,13 @@ def make_model(name: str, exit_type: str, batch: int) -> Tuple[timm_eed.MultiExi
 
 
 def measure(functions: Dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> Dict[str, List[float]]:
-    """Seconds of each function, round by round, taken in turns."""
+    """Seconds of each function, round by round, taken in turns of random order: caches remember who came before."""
     times: Dict[str, List[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for turn in range(rounds + 1):
-        for name, function in functions.items():
+        for name in order.sample(list(functions), len(functions)):
             start = clock()
-            function()
+            functions[name]()
             if turn:  # the first round warms up
                 times[name].append(clock() - start)
     return times

@@ -1,4 +1,4 @@
-"""The tables and figures of docs/study.md, and the README's result table, from docs/study/*.csv.
+"""The tables and figures of docs/study.md, docs/early_exit.md and the README, from docs/study/*.csv.
 
     python benchmarks/study_report.py
 
@@ -179,7 +179,7 @@ def early_exit_table(folder: Path) -> str:
     """Accuracy, FLOPs and time of each exit for all images and of early exit."""
     parts = []
     for path in sorted(folder.glob('early_exit_*.csv')):
-        rows = [[row['name'], row['top1'], f"{100 * float(row['flops_share']):.1f} %",
+        rows = [[row['name'], f"{float(row['top1']):.2f}", f"{100 * float(row['flops_share']):.1f} %",
                  f"{100 * float(row['time_share']):.1f} % ({100 * float(row['time_low']):.0f}-"
                  f"{100 * float(row['time_high']):.0f})", row['thresholds']] for row in _read(path)]
         parts.append(f"`{path.stem.removeprefix('early_exit_')}`:\n\n" + _table(
@@ -219,11 +219,14 @@ def _read(path: Path) -> List[Dict[str, str]]:
 
 def main() -> None:
     """Write everything."""
+    fill(ROOT / 'docs' / 'early_exit.md', dict(early_exit=lambda: early_exit_table(RESULTS)))
+    if not (RESULTS / 'results.csv').exists():
+        raise SystemExit(f'{RESULTS} has no results yet: python benchmarks/study.py collect --output RUNS')
     study = Study(RESULTS)
     fill(ROOT / 'docs' / 'study.md', dict(
         small=lambda: accuracy_table(study, SMALL), full=lambda: accuracy_table(study, FULL),
         pairs=lambda: pairs_table(study), behaviour=lambda: behaviour_table(study),
-        teachers=lambda: teacher_table(study), early_exit=lambda: early_exit_table(RESULTS)))
+        teachers=lambda: teacher_table(study)))
     fill(ROOT / 'README.md', dict(study=lambda: readme_table(study)))
     draw(study, SMALL, ['main', 'ensemble'], RESULTS / 'curves_small.png')
     draw(study, FULL, ['main', 'ensemble'], RESULTS / 'curves_full.png')

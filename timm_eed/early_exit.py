@@ -173,7 +173,7 @@ class _Call:
         self.rule = early.rule
         self.progress = Progress()
         self.rows: Optional[torch.Tensor] = None  # None while all are present
-        self.left: List[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.left: List[Tuple[torch.Tensor, EarlyExitOutput]] = []
 
     def decide(self, i: int, stage_map: torch.Tensor) -> Optional[torch.Tensor]:
         """Rows that stay behind an exit, None for all; the one place where the host waits for the device."""
@@ -182,6 +182,9 @@ class _Call:
         leaving = int(leaves.sum())
         if leaving == 0:
             return None
+        if leaving == len(leaves):
+            self._leave(i, None, answer, score)
+            return leaves.new_empty(0, dtype=torch.long)
         staying_first = leaves.argsort(stable=True)
         stay, leave = staying_first.split([len(leaves) - leaving, leaving])
         self._leave(i, leave, answer, score)
@@ -193,13 +196,19 @@ class _Call:
         """All answers in the order of the samples, given the main network's logits for the rows that are left."""
         if logits is not None:
             answer, score = self.rule.answer(len(self.exits), logits, self.progress)
-            if not self.left:
-                return EarlyExit._all_at(len(self.exits), answer, score)
-            self._leave(len(self.exits), torch.arange(len(score), device=score.device), answer, score)
-        rows, answers, exits, scores = (torch.cat(parts) for parts in zip(*self.left))
-        order = rows.argsort()
+            self._leave(len(self.exits), None, answer, score)
+        if len(self.left) == 1:
+            return self.left[0][1]
+        rows, outputs = zip(*self.left)
+        answers, exits, scores = (torch.cat(parts) for parts in zip(*outputs))
+        order = torch.cat(rows).argsort()
         return EarlyExitOutput(answers[order], exits[order], scores[order])
 
-    def _leave(self, i: int, rows: torch.Tensor, answer: torch.Tensor, score: torch.Tensor) -> None:
-        self.left.append((
-            rows if self.rows is None else self.rows[rows], answer[rows], torch.full_like(rows, i), score[rows]))
+    def _leave(self, i: int, rows: Optional[torch.Tensor], answer: torch.Tensor, score: torch.Tensor) -> None:
+        """Keep the answers of some of the rows that are present, None for all."""
+        if rows is not None:
+            answer, score = answer[rows], score[rows]
+            rows = rows if self.rows is None else self.rows[rows]
+        else:
+            rows = torch.arange(len(score), device=score.device) if self.rows is None else self.rows
+        self.left.append((rows, EarlyExit._all_at(i, answer, score)))

@@ -1,5 +1,6 @@
 """Time of every exit, of the main network and of early exit, on the same images, taken in turns."""
 import operator
+import random
 import statistics
 import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
@@ -73,12 +74,12 @@ def measure(
         warmup: int,
         clock: Callable[[], float],
 ) -> Dict[str, List[List[float]]]:
-    """Seconds of each function, by round and batch."""
+    """Seconds of each function, by round and batch; each round in another order, since caches remember who was before."""
     times: Dict[str, List[List[float]]] = {name: [] for name in functions}
-    device = batches[0].device
+    device, order = batches[0].device, random.Random(0)
     for turn in range(warmup + rounds):
-        for name, function in functions.items():
-            seconds = [_seconds(function, x, device, clock) for x in batches]
+        for name in order.sample(list(functions), len(functions)):
+            seconds = [_seconds(functions[name], x, device, clock) for x in batches]
             if turn >= warmup:
                 times[name].append(seconds)
     return times
