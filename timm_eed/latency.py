@@ -74,7 +74,7 @@ def measure(
         warmup: int,
         clock: Callable[[], float],
 ) -> Dict[str, List[List[float]]]:
-    """Seconds of each function, by round and batch; each round in another order, since caches remember who was before."""
+    """Seconds by function, round and batch. Each round has another order, since caches remember who was before."""
     times: Dict[str, List[List[float]]] = {name: [] for name in functions}
     device, order = batches[0].device, random.Random(0)
     for turn in range(warmup + rounds):
