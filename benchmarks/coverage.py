@@ -9,7 +9,6 @@ distillation terms, backward), and the same step with gradient checkpointing. On
 enough at its smallest size, else on the meta device, where only shapes and gradient flow can be seen.
 """
 import argparse
-import csv
 import fnmatch
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any, Dict, List, Optional
 
 import timm
 import torch
+from rows import append, read
 from timm.models import model_entrypoint
 from tqdm import tqdm
 
@@ -61,12 +61,7 @@ def main() -> None:
     names = [n for n in timm_models() if n not in done and fnmatch.fnmatch(n, args.filter)]
     for name in tqdm(names, unit='model', dynamic_ncols=True):
         row = survey(name, args)
-        new = not os.path.exists(args.csv)
-        with open(args.csv, 'a', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(args.csv, FIELDS, row)
     write_summary(args.csv)
 
 
@@ -183,14 +178,6 @@ def smallest_size(model: Any) -> tuple:
         return channels, height, width
     low = cfg.get('min_input_size')
     return tuple(low) if low else (channels, SIDE, SIDE)
-
-
-def read(path: str) -> List[Dict[str, str]]:
-    """Rows so far."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
 
 
 def write_summary(path: str) -> None:

@@ -16,7 +16,6 @@ each part timed alone. All are interleaved in one process, on one thread; the me
 Times are CPU times of the thread (--clock wall for the other), since machines are shared.
 """
 import argparse
-import csv
 import os
 import platform
 import random
@@ -28,6 +27,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import timm
 import torch
 import torch.nn as nn
+from rows import append, read
 
 import timm_eed
 from timm_eed.policies import ExitRule, Progress, choose_exits
@@ -211,14 +211,6 @@ def bench(model: timm_eed.MultiExitWrapper, images: torch.Tensor, key: Dict[str,
         flops_share=f'{flops / trunk[-1]:.3f}')
 
 
-def read(path: str) -> List[Dict[str, str]]:
-    """Rows so far."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
-
-
 def write_summary(path: str) -> None:
     """A table beside the rows."""
     lines = [
@@ -274,12 +266,7 @@ def main() -> None:
             model, images = make_model(name, args.exit_type, max(batch, STREAM))
             for key in keys:
                 row = bench(model, images, key, args.rounds or ROUNDS.get(batch, 9), CLOCKS[args.clock])
-                new = not os.path.exists(args.csv)
-                with open(args.csv, 'a', newline='', encoding='utf-8') as file:
-                    writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                append(args.csv, FIELDS, row)
                 print(' '.join(f'{k}={row[k]}' for k in FIELDS if k not in ('exit_type', 'rounds')), flush=True)
     write_summary(args.csv)
 

@@ -12,7 +12,6 @@ what the whole model itself differs by when it gets these batches (column plain:
 networks first.
 """
 import argparse
-import csv
 import fnmatch
 import os
 import time
@@ -23,7 +22,7 @@ import timm
 import torch
 import torch.nn as nn
 from coverage import CSV as MODELS_CSV
-from coverage import read
+from rows import append, read
 from tqdm import tqdm
 
 import timm_eed
@@ -57,12 +56,7 @@ def main() -> None:
         found = survey(row, sizes[row['name']])
         if found['status'] == 'ok':
             families.add(row['family'])
-        new = not os.path.exists(args.csv)
-        with open(args.csv, 'a', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator='\n')
-            if new:
-                writer.writeheader()
-            writer.writerow(found)
+        append(args.csv, FIELDS, found)
     write_summary(args.csv)
 
 
