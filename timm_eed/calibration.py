@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 import torch
 
 from .analysis import collect
-from .multi_exit import MultiExitWrapper
+from .multi_exit import MultiExitWrapper, check_has_exits
 from .policies import ExitRule, Progress, choose_exits
 from .profiling import early_exit_gflops, leaving_gflops
 from .risk_control import controlled_point, path_of_caution
@@ -94,8 +94,7 @@ def calibrate(
     Raises:
         ValueError: If not exactly one target is given, or the loader is empty or has no plain labels.
     """
-    if not isinstance(model, MultiExitWrapper):
-        raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
+    check_has_exits(model)
     _check_target(max_accuracy_drop, max_flops, policy, risk_control)
     watched = _Watched(loader)
     predictions = collect(model, watched)

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from .cuts import NetworkChanged
-from .multi_exit import MultiExitWrapper
+from .multi_exit import MultiExitWrapper, check_has_exits
 from .policies import EarlyExitOutput, ExitRule, Progress, Thresholds
 from .replay import Replay
 from .row_dropping import Way, find_way, run
@@ -61,8 +61,7 @@ class EarlyExit(nn.Module):
             ensemble: bool = False,
     ):
         super().__init__()
-        if not isinstance(model, MultiExitWrapper):
-            raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
+        check_has_exits(model)
         if model.num_classes < 2:
             raise ValueError('Early exit chooses among classes, it needs a model with num_classes of at least 2.')
         self.rule = ExitRule(model.num_exits, thresholds, policy, temperatures, ensemble)

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from .exits import TimmModel
-from .multi_exit import MultiExitWrapper
+from .multi_exit import MultiExitWrapper, check_has_exits
 from .probe import input_size as model_input_size
 
 __all__ = ['AllExits', 'TruncatedModel', 'export_onnx', 'export_program', 'truncate']
@@ -78,7 +78,7 @@ def truncate(model: MultiExitWrapper, exit_index: int) -> nn.Module:
     Raises:
         ValueError: If the model has no exits, or there is no such exit.
     """
-    _check_model(model)
+    check_has_exits(model)
     last = model.num_exits - 1
     if not -last - 1 <= exit_index <= last:
         raise ValueError(
@@ -151,11 +151,6 @@ def export_onnx(
     return names
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, MultiExitWrapper):
-        raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
-
-
 def _batch_is_free() -> Dict[int, Any]:
     return {0: torch.export.Dim('batch')}
 
@@ -166,7 +161,7 @@ def _module_and_input(
         all_exits: bool,
 ) -> Tuple[nn.Module, torch.Tensor]:
     if all_exits:
-        _check_model(model)
+        check_has_exits(model)
     timm_model = model.trunk if isinstance(model, TruncatedModel) else getattr(model, 'backbone', model)
     parameter = next(model.parameters())
     size = input_size or model_input_size(timm_model)

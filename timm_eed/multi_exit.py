@@ -15,7 +15,7 @@ from timm.optim import auto_group_layers
 from .exits import ExitHead, TimmModel, exit_widths, resolve_exit_indices, stages
 from .probe import logits_are_classifier_output, pre_logits_width
 
-__all__ = ['MultiExitOutput', 'MultiExitWrapper', 'classifier_names', 'create_model', 'wrap']
+__all__ = ['MultiExitOutput', 'MultiExitWrapper', 'check_has_exits', 'classifier_names', 'create_model', 'wrap']
 
 
 class MultiExitOutput(NamedTuple):
@@ -354,6 +354,12 @@ def create_model(
         from .hub import load_source  # that module loads models and so imports this one
         return load_source(model_name, exit_indices, exit_type, **timm_kwargs)
     return wrap(timm.create_model(model_name, pretrained=pretrained, **timm_kwargs), exit_indices, exit_type)
+
+
+def check_has_exits(model: nn.Module) -> None:
+    """Raise a ValueError that names the fix if a model is no multi-exit model."""
+    if not isinstance(model, MultiExitWrapper):
+        raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
 
 
 def check_model_name(model_name: str) -> None:

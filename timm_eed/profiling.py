@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .exits import TimmModel
-from .multi_exit import MultiExitWrapper
+from .multi_exit import MultiExitWrapper, check_has_exits
 from .probe import input_size as model_input_size
 from .probe import meta_twin
 
@@ -44,8 +44,7 @@ def profile(
     Raises:
         ValueError: If the model has no exits.
     """
-    if not isinstance(model, MultiExitWrapper):
-        raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
+    check_has_exits(model)
     twin, x = _twin_and_input(model, input_size)
     rows = []
     for number, (index, exit_head) in enumerate(zip(twin.exit_indices, twin.exits), start=1):

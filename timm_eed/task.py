@@ -9,7 +9,7 @@ from timm.task import ClassificationEvaluator, TrainingTask
 from timm.utils import unwrap_model
 
 from .losses import ExitEnsembleDistillationLoss, ensemble_mean
-from .multi_exit import MultiExitOutput, MultiExitWrapper, classifier_layers, classifier_names
+from .multi_exit import MultiExitOutput, MultiExitWrapper, check_has_exits, classifier_layers, classifier_names
 from .multi_label import MultiLabelExitsEvaluator
 
 __all__ = ['AllExits', 'MultiExitEvaluator', 'MultiExitTask']
@@ -79,8 +79,7 @@ class MultiExitTask(TrainingTask):
             threshold: float = .5,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        if not isinstance(model, MultiExitWrapper):
-            raise ValueError(f'{type(model).__name__} has no exits; make them with timm_eed.wrap(model).')
+        check_has_exits(model)
         self.num_exits = model.num_exits
         self.trainable_module: Any = AllExits(model)
         self.criterion = (criterion if criterion is not None else ExitEnsembleDistillationLoss()).to(self.device)
