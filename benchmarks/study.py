@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'benchmarks' / 'study'
 RESULTS = ROOT / 'docs' / 'study'
 SEEDS = {
+    'full_none': 3, 'full_ce': 3, 'full_eed_kl': 3,
     'small_none': 5, 'small_ce': 5, 'small_kd_kl': 5, 'small_eed_kl': 5, 'small_eed_mse': 5,
-    'full_none': 3, 'full_ce': 3, 'full_eed_kl': 3, 'small_kd_mse': 3, 'small_eed_mse_exit1_main': 3}
+    'small_kd_mse': 3, 'small_eed_mse_exit1_main': 3}
 SMALL, VALIDATION = 500, 200  # images per class
 
 
