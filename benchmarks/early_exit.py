@@ -18,7 +18,6 @@ Times are CPU times of the thread (--clock wall for the other), since machines a
 import argparse
 import os
 import platform
-import random
 import statistics
 import time
 import warnings
@@ -30,6 +29,7 @@ import torch.nn as nn
 from rows import append, read
 
 import timm_eed
+from timm_eed.latency import measure
 from timm_eed.policies import ExitRule, Progress, choose_exits
 from timm_eed.probe import input_size
 from timm_eed.profiling import early_exit_gflops
@@ -59,7 +59,7 @@ class LogitsOnly(nn.Module):
 
 
 class Case:
-    """A model with one exit on, images, and everything that is timed as functions without arguments.
+    """A model with one exit on, images, and everything that is timed as functions.
 
     Args:
         model: The multi-exit model.
@@ -123,18 +123,18 @@ class Case:
             x, indices=[self.model.exit_indices[self.exit_index]], output_fmt='NCHW', stop_early=True,
             intermediates_only=True)[0]
 
-    def parts(self) -> Dict[str, Callable[[], Any]]:
-        """What is timed."""
+    def parts(self) -> Dict[str, Callable[[torch.Tensor], Any]]:
+        """What is timed; the argument, all images, is not used."""
         exit_head = self.model.exits[self.exit_index]
-        functions: Dict[str, Callable[[], Any]] = {
-            'plain': lambda: [self.model.backbone(x) for x in self.batches],
-            'early': lambda: [self.early(x) for x in self.batches],
-            'prefix + exit, all': lambda: [exit_head(self.prefix(x)) for x in self.batches],
-            'plain, staying': lambda: [self.model.backbone(x) for x in self.staying],
-            'prefix, staying': lambda: [self.prefix(x) for x in self.staying],
+        functions: Dict[str, Callable[[torch.Tensor], Any]] = {
+            'plain': lambda _: [self.model.backbone(x) for x in self.batches],
+            'early': lambda _: [self.early(x) for x in self.batches],
+            'prefix + exit, all': lambda _: [exit_head(self.prefix(x)) for x in self.batches],
+            'plain, staying': lambda _: [self.model.backbone(x) for x in self.staying],
+            'prefix, staying': lambda _: [self.prefix(x) for x in self.staying],
         }
         if (earlyon := self.earlyon) is not None:
-            functions['earlyon'] = lambda: [earlyon(x) for x in self.batches]
+            functions['earlyon'] = lambda _: [earlyon(x) for x in self.batches]
         return functions
 
 
@@ -166,25 +166,13 @@ def make_model(name: str, exit_type: str, batch: int) -> Tuple[timm_eed.MultiExi
     return model.eval(), x
 
 
-def measure(functions: Dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> Dict[str, List[float]]:
-    """Seconds of each function, round by round, taken in turns of random order: caches remember who came before."""
-    times: Dict[str, List[float]] = {name: [] for name in functions}
-    order = random.Random(0)
-    for turn in range(rounds + 1):
-        for name in order.sample(list(functions), len(functions)):
-            start = clock()
-            functions[name]()
-            if turn:  # the first round warms up
-                times[name].append(clock() - start)
-    return times
-
-
 def bench(model: timm_eed.MultiExitWrapper, images: torch.Tensor, key: Dict[str, Any], rounds: int,
           clock: Callable[[], float]) -> Dict[str, Any]:
     """A row."""
     case = Case(model, key['exit'] - 1, images, key['share'], key['batch'] == 1)
     try:
-        times = measure(case.parts(), rounds, clock)
+        times = {name: [sum(each) for each in seconds]
+                 for name, seconds in measure(case.parts(), [images], rounds, 1, clock).items()}
     finally:
         case.close()
     oracle = [a + b - c for a, b, c in zip(
