@@ -152,6 +152,8 @@ def behaviour_table(study: Study) -> str:
 def teacher_table(study: Study) -> str:
     """Who teaches, on the seeds that all three have."""
     common = set.intersection(*(set(study.test(config)) for config in TEACHERS))
+    if not common:
+        return 'No seed has all three yet.'
     rows = []
     for config, label in TEACHERS.items():
         own = [{seed: value for seed, value in study.test(config, name).items() if seed in common}
@@ -161,12 +163,12 @@ def teacher_table(study: Study) -> str:
 
 
 def readme_table(study: Study) -> str:
-    """Main network and ensemble of both regimes, with the paired difference to no exits."""
+    """Main network and ensemble of both regimes, with the paired difference to no exits; no single runs."""
     rows = []
     for methods, plain, regime in ((SMALL, 'small_none', 'small data, wide network'),
                                    (FULL, 'full_none', 'all data, small network')):
         for config, label in methods.items():
-            if study.test(config):
+            if len(study.test(config)) > 1:
                 difference = paired(study.test(config), study.test(plain)) if config != plain else None
                 rows.append([regime, label, str(len(study.test(config))), mean_and_std(study.test(config)),
                              str(difference).partition(', n')[0] if difference else '',
