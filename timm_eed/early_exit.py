@@ -89,7 +89,7 @@ class EarlyExit(nn.Module):
             try:
                 return call.output(run(self.model, self.prepare(x), self.rule.enabled, x, call.decide))
             except NetworkChanged:
-                del self._ways[tuple(x.shape[1:])]
+                self._ways.pop(tuple(x.shape[1:]), None)  # another thread may have been first
         raise RuntimeError('The network calls other submodules at every pass, rows cannot leave it.')
 
     def extra_repr(self) -> str:
@@ -160,7 +160,7 @@ class EarlyExit(nn.Module):
     def _check(self, x: Any) -> None:
         if not isinstance(x, torch.Tensor) or x.ndim != 4:
             raise ValueError('EarlyExit takes images as a tensor [B, C, H, W].')
-        if self.model.backbone.training:
+        if self.model.training or self.model.backbone.training:  # a frozen backbone stays in evaluation mode
             raise ValueError('Early exit is for evaluation: call model.eval() first.')
 
 

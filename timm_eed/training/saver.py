@@ -154,7 +154,8 @@ class RunSaver(CheckpointSaver):
 
     def start_afresh(self) -> None:
         """Remove what would make a later --resume auto continue an older run of this folder."""
-        old = [os.path.join(self.checkpoint_dir, name + self.extension) for name in ('last', 'previous')]
+        folder = glob.escape(self.checkpoint_dir)
+        old = [path for name in ('last', 'previous', 'model_best', 'checkpoint-*')
+               for path in glob.glob(os.path.join(folder, name + self.extension))]
         for path in [*self._recovery_files(), *old]:
-            if os.path.exists(path):
-                os.remove(path)
+            os.remove(path)
