@@ -602,3 +602,12 @@ def test_compiled_backbones(part):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         assert_same(early(x), choose_exits(early.rule, logits), logits)
+
+
+def test_exits_in_training_mode_are_refused():
+    model = timm_eed.create_model('cifar_resnet20')
+    model.freeze_backbone()  # stays in evaluation mode when the exits train
+    early = EarlyExit(model, .5)
+    model.train()
+    with pytest.raises(ValueError, match=r'call model.eval\(\) first'):
+        early(torch.randn(2, 3, 32, 32))
