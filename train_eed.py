@@ -35,7 +35,7 @@ from timm_eed.training.errors import TrainingError
 from timm_eed.training.publish import Sections, publish_run, read_sections
 from timm_eed.training.random_state import gather_random_states, get_random_state
 from timm_eed.training.report import closing_table, epoch_lines, trim_summary
-from timm_eed.training.saver import RunSaver, write_atomically
+from timm_eed.training.saver import RunSaver, resumable_files, write_atomically
 
 _logger = logging.getLogger('train_eed')
 
@@ -178,7 +178,7 @@ def open_run(
         recovery_dir=args.run_dir, decreasing='loss' in args.eval_metric, max_history=args.checkpoint_hist, task=task,
         scheduler=scheduler)
     if found is None:
-        if os.path.exists(os.path.join(args.run_dir, 'last.pth.tar')):
+        if resumable_files(args.run_dir):
             _logger.warning(f"'{args.run_dir}' holds a run, which this one overwrites (--resume auto continues it).")
         saver.start_afresh()
     elif args.resume == 'auto':

@@ -29,7 +29,7 @@ import torch.nn as nn
 from rows import append, read
 
 import timm_eed
-from timm_eed.latency import measure
+from timm_eed.latency import by_round, measure
 from timm_eed.policies import ExitRule, Progress, choose_exits
 from timm_eed.probe import input_size
 from timm_eed.profiling import early_exit_gflops
@@ -171,8 +171,7 @@ def bench(model: timm_eed.MultiExitWrapper, images: torch.Tensor, key: Dict[str,
     """A row."""
     case = Case(model, key['exit'] - 1, images, key['share'], key['batch'] == 1)
     try:
-        times = {name: [sum(each) for each in seconds]
-                 for name, seconds in measure(case.parts(), [images], rounds, 1, clock).items()}
+        times = by_round(measure(case.parts(), [images], rounds, 1, clock))
     finally:
         case.close()
     oracle = [a + b - c for a, b, c in zip(

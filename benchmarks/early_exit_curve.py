@@ -20,7 +20,7 @@ import timm_eed
 from timm_eed.calibration import Calibration
 from timm_eed.commands.inputs import add_data_arguments, add_model_arguments, load_data, load_model
 from timm_eed.figures import TradeOff, trade_off_figure
-from timm_eed.latency import measure
+from timm_eed.latency import by_round, measure
 from timm_eed.multi_exit import classifier_names
 from timm_eed.profiling import early_exit_gflops, leaving_gflops
 
@@ -84,8 +84,7 @@ def measured(
     timed = list(images[:args.timed_images].split(args.timed_batch))
     functions: Dict[str, Way] = {'plain': model.backbone, **{str(i): early for i, (_, early) in enumerate(named)}}
     with torch.no_grad():
-        times = {key: [sum(each) for each in seconds]
-                 for key, seconds in measure(functions, timed, args.rounds, 1, time.thread_time).items()}
+        times = by_round(measure(functions, timed, args.rounds, 1, time.thread_time))
     trunk, heads = early_exit_gflops(model, tuple(timed[0].shape[1:]))  # type: ignore[arg-type]
     rows = []
     for i, (name, early) in enumerate(named):

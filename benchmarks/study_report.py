@@ -43,9 +43,12 @@ class Difference(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        if self.n < 2:
-            return f'{self.mean:+.2f} (n = 1, no interval)'
-        return f'{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f}), n = {self.n}'
+        return f'{self.interval}, n = {self.n}' if self.n > 1 else f'{self.interval} (n = 1, no interval)'
+
+    @property
+    def interval(self) -> str:
+        """Mean and interval, as +1.23 (-0.50 to +3.00); the mean alone for one seed."""
+        return f'{self.mean:+.2f}' + (f' ({self.low:+.2f} to {self.high:+.2f})' if self.n > 1 else '')
 
     @property
     def verdict(self) -> str:
@@ -171,7 +174,7 @@ def readme_table(study: Study) -> str:
             if len(study.test(config)) > 1:
                 difference = paired(study.test(config), study.test(plain)) if config != plain else None
                 rows.append([regime, label, str(len(study.test(config))), mean_and_std(study.test(config)),
-                             str(difference).partition(', n')[0] if difference else '',
+                             difference.interval if difference else '',
                              mean_and_std(study.test(config, 'ensemble'))])
     return _table(['regime', 'method', 'n', 'main network, top-1 (%)', 'difference to no exits (95 % interval)',
                    'ensemble, top-1 (%)'], rows)

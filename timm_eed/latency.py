@@ -10,7 +10,7 @@ import torch
 from .early_exit import EarlyExit
 from .profiling import early_exit_gflops, leaving_gflops
 
-__all__ = ['Timing', 'measure', 'time_exits']
+__all__ = ['Timing', 'by_round', 'measure', 'time_exits']
 
 
 class Timing(NamedTuple):
@@ -55,7 +55,7 @@ def time_exits(
     flops = [a + b for a, b in zip(trunk, [*heads, 0.])]
     flops.append(sum(map(operator.mul, shares, leaving_gflops(trunk, heads, early.rule.enabled))))
     times = measure(functions, batches, rounds, warmup, clock)
-    totals = {name: [sum(each) for each in seconds] for name, seconds in times.items()}
+    totals = by_round(times)
     images = sum(len(x) for x in batches)
     rows = []
     for name, cost in zip(functions, flops):
@@ -83,6 +83,11 @@ def measure(
             if turn >= warmup:
                 times[name].append(seconds)
     return times
+
+
+def by_round(times: Dict[str, List[List[float]]]) -> Dict[str, List[float]]:
+    """What `measure` gives, the batches of a round summed: seconds by function and round."""
+    return {name: [sum(each) for each in seconds] for name, seconds in times.items()}
 
 
 def _seconds(

@@ -1,6 +1,5 @@
 """Reading checkpoints, with messages instead of walls of keys."""
 import argparse
-import glob
 import logging
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -13,6 +12,7 @@ from timm.task import TrainingTask
 from ..multi_exit import MultiExitWrapper
 from .errors import TrainingError
 from .random_state import RandomState, set_random_state
+from .saver import resumable_files
 
 __all__ = ['Start', 'find_checkpoint', 'load_checkpoint', 'load_initial_checkpoint', 'resume']
 
@@ -46,8 +46,7 @@ def find_checkpoint(args: argparse.Namespace) -> Optional[Tuple[str, Dict[str, A
             raise TrainingError(f"--resume: there is no checkpoint '{args.resume}'.")
         return args.resume, load_checkpoint(args.resume)
     folder = os.path.join(args.output or './output/train', args.experiment)
-    paths = [path for pattern in ('last', 'previous', 'recovery-*', 'checkpoint-*')
-             for path in glob.glob(os.path.join(glob.escape(folder), pattern + '.pth.tar'))]
+    paths = resumable_files(folder)
     found: Optional[Tuple[str, Dict[str, Any]]] = None
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         if found and os.path.basename(path).startswith('checkpoint-'):

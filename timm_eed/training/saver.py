@@ -11,7 +11,7 @@ from timm.utils import CheckpointSaver
 from .errors import TrainingError
 from .random_state import RandomState
 
-__all__ = ['RunSaver', 'write_atomically']
+__all__ = ['RunSaver', 'resumable_files', 'write_atomically']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +50,12 @@ def _flush_folder(path: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def resumable_files(folder: str) -> List[str]:
+    """The checkpoints of a run that --resume auto looks at, and that a fresh run in the same folder removes."""
+    return [path for name in ('last', 'previous', 'recovery-*', 'checkpoint-*')
+            for path in glob.glob(os.path.join(glob.escape(folder), name + '.pth.tar'))]
 
 
 class RunSaver(CheckpointSaver):
@@ -153,9 +159,7 @@ class RunSaver(CheckpointSaver):
         return glob.glob(os.path.join(glob.escape(self.recovery_dir), self.recovery_prefix + '-*' + self.extension))
 
     def start_afresh(self) -> None:
-        """Remove what would make a later --resume auto continue an older run of this folder."""
-        folder = glob.escape(self.checkpoint_dir)
-        old = [path for name in ('last', 'previous', 'model_best', 'checkpoint-*')
-               for path in glob.glob(os.path.join(folder, name + self.extension))]
-        for path in [*self._recovery_files(), *old]:
+        """Remove an older run's checkpoints from this folder: what --resume auto would continue, and its best one."""
+        best = glob.glob(os.path.join(glob.escape(self.checkpoint_dir), 'model_best' + self.extension))
+        for path in [*resumable_files(self.checkpoint_dir), *best]:
             os.remove(path)
