@@ -35,8 +35,9 @@ def main() -> None:
     steps = parser.add_subparsers(dest='step', required=True)
     step = steps.add_parser('prepare', help='make the splits')
     step.add_argument('--data', required=True, help='folder of the splits')
-    step.add_argument('--source', help='folder with train/ and validation/ or test/, a folder per class in each')
-    step.add_argument('--download', action='store_true', help="torchvision's CIFAR-10 instead")
+    source = step.add_mutually_exclusive_group(required=True)
+    source.add_argument('--source', help='folder with train/ and validation/ or test/, a folder per class in each')
+    source.add_argument('--download', action='store_true', help="torchvision's CIFAR-10 instead")
     step = steps.add_parser('run', help='train and evaluate what is missing')
     step.add_argument('--data', required=True, help='folder of the splits')
     step.add_argument('--output', required=True, help='folder of the runs')
@@ -45,6 +46,7 @@ def main() -> None:
     step.add_argument('--seeds', type=int, nargs='+', help="seeds; the study's if not given")
     step = steps.add_parser('collect', help='write the results of finished runs')
     step.add_argument('--output', required=True, help='folder of the runs')
+    step.add_argument('--results', default=str(RESULTS), help='folder of the CSV files')
     args = parser.parse_args()
     dict(prepare=prepare, run=run, collect=collect)[args.step](args)
 
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = [(name, seed) for seed in seeds for name in names if args.seeds or seed < SEEDS[name]]
     jobs = [job for job in jobs if not (run_folder(args.output, *job) / 'test.json').exists()]
     print(f'{len(jobs)} runs to do', flush=True)
-    lock = threading.Lock()
+    lock, failed = threading.Lock(), []
 
     def work() -> None:
         while True:
@@ -94,14 +96,21 @@ def run(args: argparse.Namespace) -> None:
                 if not jobs:
                     return
                 name, seed = jobs.pop(0)
-            one_run(args, name, seed)
-            print(f'{name} seed {seed} done, {len(jobs)} runs wait', flush=True)
+            try:
+                one_run(args, name, seed)
+            except subprocess.CalledProcessError:
+                failed.append(str(run_folder(args.output, name, seed) / 'log.txt'))
+                print(f'{name} seed {seed} failed, see {failed[-1]}', flush=True)
+            else:
+                print(f'{name} seed {seed} done, {len(jobs)} runs wait', flush=True)
 
     workers = [threading.Thread(target=work) for _ in range(args.jobs)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    if failed:
+        raise SystemExit(f'{len(failed)} runs failed: ' + ', '.join(failed))
 
 
 def run_folder(output: str, name: str, seed: int) -> Path:
@@ -145,8 +154,11 @@ def collect(args: argparse.Namespace) -> None:
                 for classifier, values in by_classifier.items():
                     curves += [dict(config=name, seed=seed, epoch=epoch, split=split, classifier=classifier,
                                     top1=f'{value:.2f}') for epoch, value in enumerate(values)]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for path, rows in ((RESULTS / 'results.csv', results), (RESULTS / 'curves.csv', curves)):
+    if not results:
+        raise SystemExit(f'{args.output} has no finished runs; they come from: python benchmarks/study.py run')
+    folder = Path(args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, rows in ((folder / 'results.csv', results), (folder / 'curves.csv', curves)):
         with open(path, 'w', newline='', encoding='utf-8') as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
             writer.writeheader()

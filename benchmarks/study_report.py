@@ -28,7 +28,7 @@ PAIRS = [  # what is compared: first minus second
     ('small_eed_mse', 'small_none'), ('small_ce', 'small_none'), ('small_kd_kl', 'small_none'),
     ('small_eed_kl', 'small_kd_kl'), ('full_eed_kl', 'full_ce'), ('full_eed_kl', 'full_none'),
     ('full_ce', 'full_none')]
-CLASSIFIERS = ('exit1', 'exit2', 'exit3', 'main', 'ensemble')
+CLASSIFIERS = ('exit1', 'exit2', 'main', 'ensemble')  # both networks have three stages
 LAST = 10  # epochs over which fluctuation is measured
 SHARE = .95  # of the plain network's last accuracy: when a run counts as there
 
@@ -88,11 +88,12 @@ class Study:
                 for seed, curve in self.curves.get((config, 'eval', classifier), {}).items()}
 
     def epochs_to_plain(self, config: str, plain: str) -> BySeed:
-        """First epoch (from 1) with 95 % of the validation accuracy that the plain network of that seed ends with."""
+        """First epoch (from 1) with 95 % of the validation accuracy that the plain network of that seed ends with; inf
+        where that is never reached."""
         goals = {seed: SHARE * curve[-1] for seed, curve in self.curves.get((plain, 'eval', 'main'), {}).items()}
         curves = self.curves.get((config, 'eval', 'main'), {})
         reached = {seed: np.flatnonzero(curves[seed] >= goals[seed]) for seed in sorted(set(curves) & set(goals))}
-        return {seed: float(epochs[0] + 1) for seed, epochs in reached.items() if len(epochs)}
+        return {seed: float(epochs[0] + 1) if len(epochs) else float('inf') for seed, epochs in reached.items()}
 
 
 def paired(first: BySeed, second: BySeed) -> Optional[Difference]:
@@ -109,11 +110,14 @@ def paired(first: BySeed, second: BySeed) -> Optional[Difference]:
 
 
 def mean_and_std(values: BySeed) -> str:
-    """As 76.54 ± 0.32; without a deviation for one value."""
+    """As 76.54 ± 0.32; without a deviation for one value; how many are finite where not all are."""
     if not values:
         return '-'
-    numbers = np.array(list(values.values()))
-    return f'{numbers.mean():.2f}' + (f' ± {numbers.std(ddof=1):.2f}' if len(numbers) > 1 else '')
+    numbers = np.array([value for value in values.values() if np.isfinite(value)])
+    if not len(numbers):
+        return 'never'
+    text = f'{numbers.mean():.2f}' + (f' ± {numbers.std(ddof=1):.2f}' if len(numbers) > 1 else '')
+    return text + (f' ({len(numbers)} of {len(values)})' if len(numbers) < len(values) else '')
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -231,7 +235,7 @@ def main() -> None:
     fill(ROOT / 'docs' / 'study.md', dict(
         small=lambda: accuracy_table(study, SMALL), full=lambda: accuracy_table(study, FULL),
         pairs=lambda: pairs_table(study), behaviour=lambda: behaviour_table(study),
-        teachers=lambda: teacher_table(study)))
+        teachers=lambda: teacher_table(study), short=lambda: accuracy_table(Study(RESULTS / 'short'), SMALL)))
     fill(ROOT / 'README.md', dict(study=lambda: readme_table(study)))
     draw(study, SMALL, ['main', 'ensemble'], RESULTS / 'curves_small.png')
     draw(study, FULL, ['main', 'ensemble'], RESULTS / 'curves_full.png')

@@ -1,5 +1,6 @@
 """The study behind docs/study.md: splits, runs, collection and the figures of the report."""
 import csv
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,13 +69,36 @@ def test_prepare_run_and_collect(small_study, capfd):
     assert np.allclose(found.curves['small_none', 'eval', 'main'][1], epochs, atol=.005) and len(epochs) == 2
 
 
+def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
+    done = []
+
+    def one_run(args, name, seed):
+        if name == 'small_ce' and seed == 0:
+            raise subprocess.CalledProcessError(1, 'train_eed.py')
+        done.append((name, seed))
+
+    monkeypatch.setattr(study, 'one_run', one_run)
+    monkeypatch.setattr(sys, 'argv', [
+        'study.py', 'run', '--data', 'x', '--output', str(tmp_path), '--only', 'small_none', 'small_ce', '--seeds', '0', '1'])
+    with pytest.raises(SystemExit, match='1 runs failed: .*small_ce-seed0/log.txt'):
+        study.main()
+    assert done == [('small_none', 0), ('small_none', 1), ('small_ce', 1)]
+
+
+def test_nothing_to_collect(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['study.py', 'collect', '--output', str(tmp_path), '--results', str(tmp_path / 'csv')])
+    with pytest.raises(SystemExit, match='has no finished runs'):
+        study.main()
+    assert not (tmp_path / 'csv').exists()
+
+
 def write_results(folder, epochs=15):
     """Made-up results of two methods and five seeds."""
     generator = np.random.default_rng(1)
     results, curves = [], []
     for config, better in (('small_none', 0.), ('small_eed_kl', 2.)):
         for seed in range(5):
-            names = ['main'] if config == 'small_none' else ['exit1', 'exit2', 'exit3', 'main', 'ensemble']
+            names = ['main'] if config == 'small_none' else ['exit1', 'exit2', 'main', 'ensemble']
             for name in names:
                 values = dict(zip(('top1', 'top5', 'ece', 'loss'), generator.random(4) + 50 + seed + better))
                 results.append(dict(config=config, seed=seed, classifier=name, **values))
@@ -113,10 +137,14 @@ def test_figures_of_the_report(tmp_path):
         reached = next(i for i, value in enumerate(curve, start=1) if value >= .95 * plain[-1])
         assert found.epochs_to_plain('small_eed_kl', 'small_none')[seed] == reached
 
+    assert set(found.epochs_to_plain('small_none', 'small_eed_kl').values()) <= {14., 15., float('inf')}
+    assert study_report.mean_and_std({0: 1., 1: float('inf'), 2: 3.}) == '2.00 ± 1.41 (2 of 3)'
+    assert study_report.mean_and_std({0: float('inf')}) == 'never'
+
     values = top1('small_none')
     assert f'{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}' in study_report.readme_table(found)
     table = study_report.accuracy_table(found, study_report.SMALL)
-    assert table.count('\n') == 3 and '| no exits | 5 | - | - | - | ' in table
+    assert table.count('\n') == 3 and '| no exits | 5 | - | - | ' in table
     assert str(difference) in study_report.pairs_table(found)
 
 
