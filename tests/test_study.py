@@ -79,14 +79,16 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, 'one_run', one_run)
     monkeypatch.setattr(sys, 'argv', [
-        'study.py', 'run', '--data', 'x', '--output', str(tmp_path), '--only', 'small_none', 'small_ce', '--seeds', '0', '1'])
-    with pytest.raises(SystemExit, match='1 runs failed: .*small_ce-seed0/log.txt'):
+        'study.py', 'run', '--data', 'x', '--output', str(tmp_path), '--seeds', '0', '1', '--only', 'small_none',
+        'small_ce'])
+    with pytest.raises(SystemExit, match=r'1 runs failed: .*small_ce-seed0/log\.txt'):
         study.main()
     assert done == [('small_none', 0), ('small_none', 1), ('small_ce', 1)]
 
 
 def test_nothing_to_collect(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['study.py', 'collect', '--output', str(tmp_path), '--results', str(tmp_path / 'csv')])
+    monkeypatch.setattr(sys, 'argv', [
+        'study.py', 'collect', '--output', str(tmp_path), '--results', str(tmp_path / 'csv')])
     with pytest.raises(SystemExit, match='has no finished runs'):
         study.main()
     assert not (tmp_path / 'csv').exists()

@@ -9,6 +9,7 @@ import timm
 import torch
 import yaml
 from conftest import load, rows_of
+from launch import torchrun
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 import train_eed
@@ -297,14 +298,9 @@ def test_digits_are_the_published_ones():
 
 def test_two_processes(image_folder, tmp_path):
     """torchrun with gloo: every parameter in step on both ranks, metrics without the sampler's padding."""
-    import subprocess
-    import sys
-    command = [
-        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29613',
-        train_eed.__file__, *SMALL, '-b', '6', '--data', str(image_folder), '--num-classes', '3', '--epochs', '1',
-        '--eed-beta', '1', '-vb', '5', '--output', str(tmp_path), '--experiment', 'two']
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = torchrun(
+        2, train_eed.__file__, *SMALL, '-b', '6', '--data', str(image_folder), '--num-classes', '3', '--epochs', '1',
+        '--eed-beta', '1', '-vb', '5', '--output', str(tmp_path), '--experiment', 'two', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     row = rows_of(tmp_path / 'two')[0]
     assert float(row['eval_top1']) * 12 / 100 == pytest.approx(round(float(row['eval_top1']) * 12 / 100), abs=1e-6)
