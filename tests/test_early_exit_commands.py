@@ -1,5 +1,6 @@
 """`timm-eed calibrate`, `benchmark` and `export`, on a run of the script."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,7 +120,9 @@ def test_export(run, who, suffix, tmp_path, capsys):
         logits = load_run(str(run)).model.forward_exits(x).logits
     expected = {'main': logits[-1:], 'exit2': logits[1:2], 'all': logits}[who]
     if suffix == 'pt2':
-        outputs = torch.export.load(file).module()(x)
+        program = torch.export.load(file)
+        assert who == 'all' or not any('exits' in name for name in program.state_dict)  # only what is computed
+        outputs = program.module()(x)
         outputs = [z.detach().numpy() for z in (outputs if who == 'all' else [outputs])]
     else:
         session = pytest.importorskip('onnxruntime').InferenceSession(file, providers=['CPUExecutionProvider'])
@@ -135,8 +138,31 @@ def test_export(run, who, suffix, tmp_path, capsys):
     ('benchmark test_resnet --settings nowhere.json', 'is no file of `timm-eed calibrate --json`'),
     ('benchmark test_resnet --settings a --thresholds 1', 'not both'),
     ('benchmark test_resnet --thresholds 1 2', '2 thresholds for 3 exits'),
-    ('benchmark test_resnet --images 0', 'must be at least 1'),
+    ('benchmark test_resnet --thresholds .5 --exit-kwargs droprate=.1', "no argument 'droprate', only drop_rate and"),
+    ('benchmark test_resnet --exit-kwargs drop_rate=x', 'drop_rate=x must be a number from 0 to 1'),
+    ('benchmark docs/models/cifar_resnet20_eed --exit-kwargs drop_rate=.1', "--exit-kwargs is .* is a saved model"),
 ])
-def test_refusals_name_the_fix(command, message):
+def test_refusals_name_the_fix(command, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(SystemExit, match=message):
         cli.main([*command.split(), '--device', 'cpu'])
+
+
+@pytest.mark.parametrize('command, message', [
+    ('benchmark test_resnet --images 0', "'0' must be a whole number from 1"),
+    ('benchmark test_resnet -b x', "'x' must be a whole number from 1"),
+    ('benchmark test_resnet --json nowhere/x.json', 'must be a file in a folder that exists'),
+])
+def test_wrong_flags_are_refused_before_any_work(command, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(command.split())
+    assert message in capsys.readouterr().err
+
+
+def test_flags_that_a_run_ignores_are_refused(run, capsys, tmp_path):
+    with pytest.raises(SystemExit, match=r'--exit-indices is for models .* is a run'):
+        cli.main(['benchmark', str(run), '--exit-indices', '1', '--device', 'cpu'])
+    settings = dict(policy='confidence', thresholds=[.5] * 3, temperature=[1.] * 4)
+    (tmp_path / 'x.json').write_text(json.dumps(dict(settings=settings)))
+    with pytest.raises(SystemExit, match="unknown key 'temperature'"):
+        cli.main(['benchmark', str(run), '--settings', str(tmp_path / 'x.json'), '--device', 'cpu'])

@@ -208,7 +208,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 @pytest.mark.parametrize('name', KINDS)
 def test_reset_classifier(name):
     model = timm_eed.create_model(name, num_classes=3).double()
+    model.early_exit_config = dict(policy='confidence', thresholds=[.5] * len(model.exits))
     model.reset_classifier(11)
+    assert model.early_exit_config is None  # of the old classifiers
     x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
     assert model.num_classes == 11
     assert {tuple(z.shape) for z in model.forward_exits(x).logits} == {(2, 11)}

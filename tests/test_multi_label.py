@@ -155,4 +155,6 @@ def test_a_run(tmp_path, method, target, capsys):
     assert 'mAP' in capsys.readouterr().out
     cli.main(['validate', str(tmp_path / 'out/run'), '--device', 'cpu', '-j', '0'])
     printed = capsys.readouterr().out
+    with pytest.raises(SystemExit, match='has no top-1 accuracy; runs with multi-label targets have no curves'):
+        cli.main(['report', str(tmp_path / 'out/run'), '--output', str(tmp_path / 'report'), '--curves-only'])
     assert f'{metrics["map"]:6.2f} %' in next(line for line in printed.splitlines() if line.startswith('main'))

@@ -105,5 +105,14 @@ def test_report_of_curves_alone(runs, tmp_path):
     shutil.copytree(runs / 'none', tmp_path / 'none')
     cli.main(['report', str(tmp_path / 'none'), '--curves-only', '--output', str(tmp_path / 'out')])
     assert (tmp_path / 'out/report.html').read_text().count('data:image/png') == 1
+    with open(tmp_path / 'none/summary.csv', newline='') as file:
+        rows = [{k: v for k, v in row.items() if not k.startswith('eval')} for row in csv.DictReader(file)]
+    with open(tmp_path / 'none/summary.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    cli.main(['report', str(tmp_path / 'none'), '--curves-only', '--output', str(tmp_path / 'train')])
+    page = (tmp_path / 'train/report.html').read_text()
+    assert 'Accuracy on the training images' in page and f"{float(rows[-1]['train_top1']):.2f}" in page
     with pytest.raises(SystemExit, match='has no exits'):
         cli.main(['report', str(tmp_path / 'none'), '--output', str(tmp_path / 'out'), '-j', '0'])

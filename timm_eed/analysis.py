@@ -29,7 +29,10 @@ class Predictions(NamedTuple):
 
 
 def collect(model: Any, loader: Iterable[Any], max_images: Optional[int] = None, progress: bool = True) -> Predictions:
-    """Run a model over a loader, each exit computed once. Holds k x N x K numbers (ImageNet, 4 classifiers: 0.8 GB).
+    """Run a model over a loader, each exit computed once.
+
+    Holds k x N x K logits and N x D features (ImageNet, 4 classifiers of a ResNet-50: 0.8 + 0.4 GB).
+
 
     Args:
         model: A multi-exit model, or a plain timm model (then k = 1).

@@ -34,7 +34,8 @@ class Calibration:
     images: N, how many images these figures come from.
     reached: Whether the target was met. message: The outcome in a sentence.
     guaranteed_drop: With risk control, the bound on the expected accuracy drop; None without.
-    curve: The best accuracy found for each cost, from cheap to dear: cost (10^9 FLOPs), accuracy and thresholds.
+    curve: The best accuracy found for each cost, from cheap to dear: cost (10^9 FLOPs), accuracy and thresholds. With
+        risk control it is of the half that chose, all else is of the other half.
     classifiers: The same for each classifier as the only one for all images, the main network last.
     """
     settings: Dict[str, Any]
@@ -301,11 +302,19 @@ class _Images:
         point = Point(gflops, float(right.double().mean()), point.thresholds)
         reached, message = target.outcome(point, self.main, curve)
         if guaranteed_drop is not None:  # holds for images to come, whatever these show
-            reached, message = True, message if not exits else 'The bound is guaranteed.'
+            reached, message = True, _bound_in_a_sentence(guaranteed_drop, len(taken), bool(exits))
         settings = {**self.rule.settings(), 'thresholds': list(point.thresholds)}
         return Calibration(
             settings, point.accuracy, gflops, self.main.accuracy, self.main.cost, shares, len(taken), reached, message,
             guaranteed_drop, curve, self.alone())
+
+
+def _bound_in_a_sentence(max_drop: float, images: int, leaves: bool) -> str:
+    least = math.ceil(1 / max_drop - 1)
+    if images < least:
+        return (f'The main network answers alone: to bound a drop of {max_drop:g}, half of the images must be '
+                f'{least} or more, here they are {images}.')
+    return 'The bound is guaranteed.' if leaves else 'No exit is good enough for the bound, nothing is saved.'
 
 
 def _check_target(

@@ -28,7 +28,7 @@ def read_curves(run_dir: str) -> Dict[str, Dict[str, np.ndarray]]:
     """Top-1 (%) over epochs of one run, by split and classifier, each [epochs].
 
     Raises:
-        ValueError: If the folder has no summary.csv with rows.
+        ValueError: If the folder has no summary.csv with rows and top-1 columns.
     """
     path = os.path.join(run_dir, 'summary.csv')
     if not os.path.isfile(path):
@@ -43,6 +43,8 @@ def read_curves(run_dir: str) -> Dict[str, Dict[str, np.ndarray]]:
         if split in curves and metric.startswith('top1'):
             values = [float(row[key]) if row[key] else np.nan for row in rows]
             curves[split][metric[len('top1'):].lstrip('_') or 'main'] = np.array(values)
+    if not any(curves.values()):
+        raise ValueError(f"'{path}' has no top-1 accuracy; runs with multi-label targets have no curves of it.")
     return curves
 
 

@@ -23,7 +23,7 @@ class EarlyExit(nn.Module):
     One pass over a batch: at each exit the samples that are sure enough leave with its answer, only the rows of the
     others go on, and the network stops when nobody is left. It runs the backbone's own forward pass and computes
     nothing twice; an exit that is switched off costs nothing. Rows that stay get the logits they get in a full batch,
-    up to what the kernels make of another batch size (1e-6 relative on the CPU).
+    up to what the kernels make of another batch size (on the CPU within 1e-5 of the largest logit).
 
     The way in which rows leave is found, and tried on made-up images, at the first call with a new image size (see
     `row_dropping`; `prepare` does it ahead of time). A network in which no way works is computed to its end for all

@@ -13,6 +13,7 @@ import torch.nn as nn
 from timm.layers import ConvNormAct, LayerNorm2d
 
 __all__ = [
+    'EXIT_KWARGS',
     'EXIT_TYPES',
     'ExitHead',
     'StageInfo',
@@ -185,6 +186,7 @@ def _bottleneck(in_chans: int, width: int, stride: int) -> nn.Module:
 _STEPS: Dict[str, Callable[[int, int, int], nn.Module]] = {
     'conv': _conv, 'separable': _separable, 'bottleneck': _bottleneck}
 EXIT_TYPES: Tuple[str, ...] = (*_STEPS, 'linear')
+EXIT_KWARGS = ('drop_rate', 'last_stride')  # further arguments of `ExitHead` that callers may give
 
 
 class ExitHead(nn.Module):
@@ -206,7 +208,7 @@ class ExitHead(nn.Module):
         last_stride: Stride of the last convolution, 2, or 1 to pool over a map of twice the side (the paper's VGG19).
 
     Raises:
-        ValueError: If the exit type is unknown, or the stride is neither 1 nor 2.
+        ValueError: If the exit type is unknown, the stride is neither 1 nor 2, or the drop rate not within 0..1.
     """
 
     def __init__(
@@ -223,6 +225,8 @@ class ExitHead(nn.Module):
             raise ValueError(f"Unknown exit type '{exit_type}', choose one of {', '.join(EXIT_TYPES)}.")
         if last_stride not in (1, 2):
             raise ValueError(f'last_stride={last_stride} must be 1 or 2.')
+        if not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate <= 1:
+            raise ValueError(f'drop_rate={drop_rate} must be a number from 0 to 1.')
         self.in_chans = in_chans
         self.num_features = widths[-1]
         self.norm: nn.Module = nn.Identity()

@@ -15,7 +15,7 @@ from .exits import TimmModel
 from .multi_exit import MultiExitWrapper, check_has_exits
 from .probe import input_size as model_input_size
 
-__all__ = ['AllExits', 'TruncatedModel', 'export_onnx', 'export_program', 'truncate']
+__all__ = ['AllLogits', 'TruncatedModel', 'export_onnx', 'export_program', 'truncate']
 
 
 class TruncatedModel(nn.Module):
@@ -50,7 +50,7 @@ class TruncatedModel(nn.Module):
         return self.exit(stage_map)[0]
 
 
-class AllExits(nn.Module):
+class AllLogits(nn.Module):
     """All classifiers of a multi-exit model as one function of images [B, C, H, W]: a tuple of logits [B, K].
 
     Args:
@@ -142,7 +142,7 @@ def export_onnx(
         raise ImportError('ONNX export needs further packages: pip install "timm-eed[export]".') from error
     module, x = _module_and_input(model, input_size, all_exits)
     names = ['logits']
-    if isinstance(module, AllExits):
+    if isinstance(module, AllLogits):
         names = [f'exit{i}' for i in range(1, module.model.num_exits)] + ['main']
     with torch.no_grad():
         torch.onnx.export(
@@ -166,4 +166,4 @@ def _module_and_input(
     parameter = next(model.parameters())
     size = input_size or model_input_size(timm_model)
     x = torch.zeros(2, *size, device=parameter.device, dtype=parameter.dtype)
-    return (AllExits(model) if isinstance(model, MultiExitWrapper) and all_exits else model).eval(), x
+    return (AllLogits(model) if isinstance(model, MultiExitWrapper) and all_exits else model).eval(), x

@@ -8,9 +8,9 @@ import numpy as np
 
 from .curves import Group
 
-__all__ = ['TradeOff', 'curves_figure', 'dissimilarity_figure', 'right_wrong_figure', 'trade_off_figure']
+__all__ = ['SPLITS', 'TradeOff', 'curves_figure', 'dissimilarity_figure', 'right_wrong_figure', 'trade_off_figure']
 
-_SPLITS = {'train': 'training images', 'eval': 'validation images'}
+SPLITS = {'train': 'training images', 'eval': 'validation images'}
 
 
 class TradeOff(NamedTuple):
@@ -49,7 +49,7 @@ def curves_figure(groups: Sequence[Group]) -> Any:
 
     Bands are one standard deviation over the runs of a group.
     """
-    splits = [split for split in _SPLITS if any(group.curves[split] for group in groups)]
+    splits = [split for split in SPLITS if any(group.curves[split] for group in groups)]
     names: List[str] = []
     for group in groups:
         names += [name for name in group.curves['eval'] or group.curves['train'] if name not in names]
@@ -63,7 +63,7 @@ def curves_figure(groups: Sequence[Group]) -> Any:
                 if name in group.curves[split]:
                     _line(panel, group.curves[split][name], f'C{i if single else j}',
                           name if single else f'{group.label} (n = {len(group.folders)})')
-            panel.set_title(_SPLITS[split] if single else f'{name}, {_SPLITS[split]}', fontsize=9)
+            panel.set_title(SPLITS[split] if single else f'{name}, {SPLITS[split]}', fontsize=9)
             panel.set_xlabel('epoch', fontsize=8)
             panel.set_ylabel('top-1 (%)', fontsize=8)
             panel.tick_params(labelsize=8)
@@ -101,7 +101,7 @@ def dissimilarity_figure(matrices: Dict[str, np.ndarray], contrasts: Dict[str, f
 
     Args:
         matrices: [N, N] by title.
-        contrasts: `analysis.class_contrast` by the same title.
+        contrasts: `analysis.class_contrast` by the same title, where there is one.
     """
     rows = (len(matrices) + 1) // 2
     figure, axes = _figure(rows, 2, 3.4, 3.2)
@@ -109,7 +109,8 @@ def dissimilarity_figure(matrices: Dict[str, np.ndarray], contrasts: Dict[str, f
         panel.set_axis_off()
     for panel, (title, matrix) in zip(axes.flat, matrices.items()):
         image = panel.imshow(matrix, cmap='viridis', vmin=0, vmax=max(1., float(np.quantile(matrix, .99))))
-        panel.set_title(f'{title}\nclass contrast {contrasts[title]:.3f}', fontsize=9)
+        contrast = f'\nclass contrast {contrasts[title]:.3f}' if title in contrasts else ''
+        panel.set_title(title + contrast, fontsize=9)
         panel.set_xticks([])
         panel.set_yticks([])
         figure.colorbar(image, ax=panel, shrink=.75).ax.tick_params(labelsize=7)

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 
-from .exits import ExitHead, TimmModel, exit_widths, resolve_exit_indices, stages
+from .exits import EXIT_KWARGS, ExitHead, TimmModel, exit_widths, resolve_exit_indices, stages
 from .probe import logits_are_classifier_output, pre_logits_width
 
 __all__ = ['MultiExitOutput', 'MultiExitWrapper', 'check_has_exits', 'classifier_names', 'create_model', 'wrap']
@@ -56,7 +56,7 @@ class MultiExitWrapper(nn.Module):
             calibrated (`Calibration.settings`): arguments of `EarlyExit`.
 
     Raises:
-        ValueError: If the backbone has no classifier, or an exit index or the exit type is wrong.
+        ValueError: If the backbone has no classifier, or an exit index, the exit type or another argument is wrong.
 
     Examples:
 
@@ -80,6 +80,8 @@ class MultiExitWrapper(nn.Module):
         cfg = getattr(backbone, 'pretrained_cfg', None) or {}
         self.exit_indices = resolve_exit_indices(
             infos, exit_indices, cfg.get('architecture') or type(backbone).__name__)
+        if unknown := set(exit_kwargs) - set(EXIT_KWARGS):
+            raise ValueError(f"exits have no argument '{min(unknown)}', only {' and '.join(EXIT_KWARGS)}.")
         self.exit_type = exit_type
         self.exit_kwargs = exit_kwargs
         self.early_exit_config: Optional[Dict[str, Any]] = None
@@ -194,8 +196,10 @@ class MultiExitWrapper(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Fresh classifiers for `num_classes`, in the main network and in every exit.
 
-        Where a new pooling changes the width of the feature, the exits are made anew.
+        Where a new pooling changes the width of the feature, the exits are made anew. Settings of early exit, which
+        were those of the old classifiers, are dropped.
         """
+        self.early_exit_config = None
         if global_pool is None:
             self.backbone.reset_classifier(num_classes)
         else:

@@ -139,7 +139,8 @@ def load_multi_exit(folder: Path, **timm_kwargs: Any) -> MultiExitWrapper:
 
     Args:
         folder: A folder as `save_pretrained` writes it.
-        timm_kwargs: Arguments for `timm.create_model`; another `num_classes` gives fresh classifiers.
+        timm_kwargs: Arguments for `timm.create_model`; another `num_classes` gives fresh classifiers
+            (and no settings of early exit).
 
     Raises:
         StaleExitsError: If the main weights were replaced after the exits were trained.
@@ -156,8 +157,9 @@ def load_multi_exit(folder: Path, **timm_kwargs: Any) -> MultiExitWrapper:
         raise ValueError('eed/exits.safetensors is not the file that eed/config.json describes (exits_sha256).')
     backbone = _build(folder, timm_kwargs)
     model = wrap(backbone, config.exit_indices, config.exit_type, **config.exit_kwargs)
-    model.early_exit_config = config.early_exit
     fresh = model.num_classes != backbone_config['num_classes']
+    if not fresh:
+        model.early_exit_config = config.early_exit
     expected = {k: v for k, v in model.exits.state_dict().items() if not (fresh and '.fc.' in k)}
     _check_shapes(expected, folder, EXITS, 'the exits', ignore='.fc.' if fresh else None)
     try:

@@ -11,7 +11,17 @@ from ..early_exit import EarlyExit
 from ..latency import Timing, time_exits
 from ..multi_exit import MultiExitWrapper
 from ..policies import POLICIES
-from .inputs import Inputs, add_data_arguments, add_model_arguments, load_data, load_model, load_settings
+from ..repo_config import check_early_exit_config
+from .inputs import (
+    Inputs,
+    add_data_arguments,
+    add_model_arguments,
+    file_to_write,
+    load_data,
+    load_model,
+    load_settings,
+    positive,
+)
 
 __all__ = ['add_parser']
 
@@ -30,12 +40,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument('--thresholds', type=float, nargs='+', metavar='T',
                         help='one per exit, or one for all (inf: off); default 0.9, or those that came with the model')
     parser.add_argument('--policy', default='confidence', choices=POLICIES, help='what --thresholds are compared with')
-    parser.add_argument('--images', type=int, default=64, metavar='N', help='how many images are timed')
-    parser.add_argument('--rounds', type=int, default=20, metavar='N', help='how often all are timed')
-    parser.add_argument('--threads', type=int, metavar='N', help="threads of PyTorch; its own number if not given")
+    parser.add_argument('--images', type=positive, default=64, metavar='N', help='how many images are timed')
+    parser.add_argument('--rounds', type=positive, default=20, metavar='N', help='how often all are timed')
+    parser.add_argument('--threads', type=positive, metavar='N', help="threads of PyTorch; its own number if not given")
     parser.add_argument('--clock', default='wall', choices=CLOCKS,
                         help='wall clock, or CPU time of the thread (for one thread of a busy machine)')
-    parser.add_argument('--json', metavar='FILE', help='write the rows to a file, too')
+    parser.add_argument('--json', type=file_to_write, metavar='FILE', help='write the rows to a file, too')
     parser.set_defaults(run=_run, batch_size=32)
 
 
@@ -45,8 +55,6 @@ def _run(args: argparse.Namespace) -> None:
     inputs = load_model(args)
     if not isinstance(inputs.model, MultiExitWrapper):
         raise ValueError(f"'{args.model}' has no exits, nothing can leave it early.")
-    if args.images < 1 or args.rounds < 1:
-        raise ValueError('--images and --rounds must be at least 1.')
     early = EarlyExit(inputs.model, **_settings(args, inputs.model))
     batches = _batches(args, inputs)
     rows = time_exits(early, batches, args.rounds, clock=CLOCKS[args.clock])
@@ -77,7 +85,7 @@ def _settings(args: argparse.Namespace, model: MultiExitWrapper) -> Dict[str, An
     if args.settings and args.thresholds:
         raise ValueError('give --settings or --thresholds, not both.')
     if args.settings:
-        return load_settings(args.settings)
+        return dict(check_early_exit_config(load_settings(args.settings), model.num_exits) or {})
     if args.thresholds:
         thresholds = args.thresholds * len(model.exits) if len(args.thresholds) == 1 else args.thresholds
         return dict(thresholds=thresholds, policy=args.policy)

@@ -8,7 +8,7 @@ from ..calibration import Calibration, calibrate
 from ..figures import TradeOff, trade_off_figure
 from ..multi_exit import MultiExitWrapper
 from ..policies import POLICIES
-from .inputs import add_data_arguments, add_model_arguments, load_data, load_model
+from .inputs import add_data_arguments, add_model_arguments, file_to_write, load_data, load_model
 
 __all__ = ['add_parser']
 
@@ -31,9 +31,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument('--no-switch-off', action='store_true', help='all exits stay on')
     parser.add_argument('--risk-control', action='store_true',
                         help='guarantee the accuracy drop for images to come (conformal risk control)')
-    parser.add_argument('--json', metavar='FILE', help='write settings, figures and curve to a file, too; '
-                                                       '`timm-eed benchmark --settings FILE` reads it')
-    parser.add_argument('--figure', metavar='FILE', help='draw the curve (PNG, SVG or PDF)')
+    parser.add_argument('--json', type=file_to_write, metavar='FILE', help=(
+        'write settings, figures and curve to a file, too; `timm-eed benchmark --settings FILE` reads it'))
+    parser.add_argument('--figure', type=file_to_write, metavar='FILE', help='draw the curve (PNG, SVG or PDF)')
     parser.set_defaults(run=_run)
 
 
@@ -67,7 +67,8 @@ def table(result: Calibration) -> List[str]:
     for name, accuracy, gflops in (('early exit', result.accuracy, result.gflops),
                                    ('main network', result.main_accuracy, result.main_gflops)):
         lines.append(f'{name:<12}  {100 * accuracy:6.2f} %  {gflops:9.4f}  {100 * gflops / result.main_gflops:5.1f} %')
-    lines += ['', result.message]
+    which = 'other half of the images than chose' if result.guaranteed_drop is not None else 'images that chose'
+    lines += ['', f'These figures are of the {which} the thresholds. {result.message}']
     if result.guaranteed_drop is not None:
         lines.append(f'Expected accuracy drop on images like these: at most {100 * result.guaranteed_drop:.2f} points.')
     step = max(1, len(result.curve) // 12)

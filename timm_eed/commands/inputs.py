@@ -14,7 +14,10 @@ from ..training.data import create_evaluation_loader
 from ..training.flags import add_exit_arguments, build_parser
 from ..training.runs import load_run
 
-__all__ = ['Inputs', 'add_data_arguments', 'add_model_arguments', 'load_data', 'load_model', 'load_settings']
+__all__ = [
+    'Inputs', 'add_data_arguments', 'add_model_arguments', 'file_to_write', 'load_data', 'load_model', 'load_settings',
+    'positive',
+]
 
 
 class Inputs(NamedTuple):
@@ -23,6 +26,20 @@ class Inputs(NamedTuple):
     data_config: Dict[str, Any]
     args: argparse.Namespace
     title: str
+
+
+def positive(text: str) -> int:
+    """Type of a flag: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number from 1.")
+    return int(text)
+
+
+def file_to_write(path: str) -> str:
+    """Type of a flag: a file in a folder that exists, so that no work is lost at its end."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or '.'):
+        raise argparse.ArgumentTypeError(f"'{path}' must be a file in a folder that exists.")
+    return path
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +63,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, positional: bool = True)
     parser.add_argument('--dataset', metavar='NAME', help='type/name of a data set, as in training')
     parser.add_argument('--dataset-download', action='store_true', help='download data sets that support it')
     parser.add_argument('--split', metavar='NAME', help="split to read; the run's validation split if not given")
-    parser.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per batch')
+    parser.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images per batch')
     parser.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='data loading processes')
 
 
@@ -54,10 +71,11 @@ def load_model(args: argparse.Namespace) -> Inputs:
     """The model that the flags of `add_model_arguments` name, in evaluation mode on its device.
 
     Raises:
-        ValueError: If there is no such run, checkpoint or model.
+        ValueError: If there is no such run, checkpoint or model, or a flag has no meaning for it.
     """
     saved = os.path.isfile(os.path.join(args.model, 'eed', 'config.json'))
     if os.path.exists(args.model) and not saved:
+        _refuse(args, 'a run', 'exit_indices', 'exit_type', 'exit_kwargs', 'pretrained', 'num_classes')
         run = load_run(args.model, args.checkpoint, ema=not args.no_ema)
         kind = ' (moving average)' if run.ema else ''
         title = f'{args.model}: {run.args.model} after {run.epoch} epochs{kind}'
@@ -72,6 +90,7 @@ def load_model(args: argparse.Namespace) -> Inputs:
 def _load_by_name(args: argparse.Namespace, name: str) -> Inputs:
     kwargs: Dict[str, Any] = {} if args.num_classes is None else dict(num_classes=args.num_classes)
     if ':' in name:
+        _refuse(args, 'a saved model', 'exit_kwargs')
         try:
             model = create_model(name, True, args.exit_indices, args.exit_type, **kwargs)
         except ConnectionError as error:
@@ -84,6 +103,15 @@ def _load_by_name(args: argparse.Namespace, name: str) -> Inputs:
         title = f"{name} ({'pretrained, exits untrained' if args.pretrained else 'untrained'})"
     flags = build_parser().parse_args([])
     return Inputs(model.eval().to(args.device), resolve_data_config({}, model=model), flags, title)
+
+
+def _refuse(args: argparse.Namespace, kind: str, *names: str) -> None:
+    """Raise a ValueError if a flag is given that would be ignored."""
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    for name in names:
+        if vars(args).get(name, parser.get_default(name)) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} is for models by timm's name, '{args.model}' is {kind}.")
 
 
 def load_settings(path: str) -> Dict[str, Any]:

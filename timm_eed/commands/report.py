@@ -18,7 +18,7 @@ from ..analysis import (
     score_classifiers,
 )
 from ..curves import Group, group_runs
-from ..figures import curves_figure, dissimilarity_figure, right_wrong_figure
+from ..figures import SPLITS, curves_figure, dissimilarity_figure, right_wrong_figure
 from ..model_card import accuracy_figure, exit_results
 from ..multi_exit import MultiExitWrapper, classifier_names
 from .inputs import Inputs, add_data_arguments, load_data, load_model
@@ -66,14 +66,15 @@ Part = Tuple[str, str, Any]  # heading, text under it, a figure or the rows of a
 def curve_parts(groups: List[Group]) -> List[Part]:
     """Accuracy over epochs, and at the last one."""
     rows: List[List[str]] = []
+    split = 'eval' if any(group.curves['eval'] for group in groups) else 'train'
     for group in groups:
-        for name, values in group.curves['eval'].items():
+        for name, values in group.curves[split].items():
             last = values[:, -1]
             std = f'{last.std(ddof=1):.2f}' if len(last) > 1 else ''
             rows.append([f'{group.label}, {name}', f'{last.mean():.2f}', std, str(len(last))])
     return [
         ('Accuracy over epochs', 'Bands: one standard deviation over runs.', curves_figure(groups)),
-        ('Last epoch', 'Validation accuracy.', [['', 'top-1 (%)', 'std', 'n'], *rows]),
+        ('Last epoch', f'Accuracy on the {SPLITS[split]}.', [['', 'top-1 (%)', 'std', 'n'], *rows]),
     ]
 
 
@@ -112,7 +113,8 @@ def _dissimilarities(predictions: Predictions, seed: int) -> Tuple[Dict[str, Any
         for place, activations in (('before', predictions.features), ('after', predictions.logits[-1])):
             matrix = dissimilarity(activations[index])
             name = f'{title}, {place}'
-            contrasts[name] = class_contrast(matrix, predictions.targets[index])
+            if len(predictions.targets[index].unique()) not in (1, len(index)):
+                contrasts[name] = class_contrast(matrix, predictions.targets[index])
             matrices[name] = matrix.numpy()
     return matrices, contrasts
 

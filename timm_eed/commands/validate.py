@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence
 from ..analysis import collect, score, score_classifiers, subset_logits
 from ..losses import ExitEnsembleDistillationLoss
 from ..training.arguments import parse_teacher
-from .inputs import add_data_arguments, add_model_arguments, load_data, load_model
+from .inputs import add_data_arguments, add_model_arguments, file_to_write, load_data, load_model
 
 __all__ = ['add_parser', 'validate']
 
@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
     add_data_arguments(parser)
     parser.add_argument('--subset', action='append', default=[], metavar='WHO',
                         help='an ensemble to add, as in exit2+main; can be repeated')
-    parser.add_argument('--json', metavar='FILE', help='write the metrics to a file, too')
+    parser.add_argument('--json', type=file_to_write, metavar='FILE', help='write the metrics to a file, too')
     parser.set_defaults(run=_run)
 
 
