@@ -65,11 +65,7 @@ def train_one_epoch(
     batches = iter(_progress(data.train, f'epoch {epoch}', args))
     if position is not None:
         first, updates = position['batch'], position['updates']
-        _skip(batches, first, position['before_last'][args.rank], args)
-        terms.load_state(position['ranks'][args.rank])
-        set_random_state(position['ranks'][args.rank])
-        if scheduler is not None:
-            scheduler.step_update(num_updates=updates)
+        _go_behind(position, batches, terms, scheduler, args)
     start, seen = time.time(), 0
     for step in range(first, num_batches):
         recovery = _saves_recovery(step, num_batches, args)
@@ -77,8 +73,7 @@ def train_one_epoch(
         batch = next(batches, None)
         if batch is None:
             raise _ended_early(epoch, step, num_batches, args)
-        x, y = batch
-        x, y = _to_device(x, y, device, args)
+        x, y = _to_device(batch[0], batch[1], device, args)
         if data.mixup is not None:
             x, y = data.mixup(x, y)
         last = step == num_batches - 1
@@ -93,32 +88,43 @@ def train_one_epoch(
         seen += len(x) * args.world_size
         if need_update:
             updates += 1
-            optimizer.zero_grad()
-            task.update_ema(step=updates)
-            if args.synchronize_step and device.type == 'cuda':
-                torch.cuda.synchronize()
-            if scheduler is not None:
-                scheduler.step_update(num_updates=updates)
+            _after_update(updates, task, optimizer, scheduler, args)
         if last or (step + 1) % args.log_interval == 0:
             means = terms.check(epoch)
             if args.primary and not last:
                 _log_step(epoch, step, num_batches, means, optimizer, seen / (time.time() - start))
                 if args.save_images:
-                    path = os.path.join(args.run_dir, f'train-epoch-{epoch}-step-{step}.jpg')
-                    save_image(x, path, padding=0, normalize=True)
+                    _save_images(x, epoch, step, args)
         if recovery:
             terms.check(epoch)
-            ranks = gather_random_states({**get_random_state(), **terms.state()})
-            before_last = gather_random_states(before)
+            here = _position(step + 1, updates, before, terms)
             if saver is not None:
                 saver.random_states = at_start
-                saver.save_recovery(epoch, step, dict(
-                    batch=step + 1, updates=updates, ranks=ranks, before_last=before_last))
+                saver.save_recovery(epoch, step, here)
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     metrics = terms.reduced() if args.distributed else terms.check(epoch)
     metrics['images_per_second'] = seen / (time.time() - start)
     return metrics
+
+
+def _after_update(
+        updates: int,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Optional[Any],
+        args: argparse.Namespace,
+) -> None:
+    optimizer.zero_grad()
+    task.update_ema(step=updates)
+    if args.synchronize_step and torch.device(args.device).type == 'cuda':
+        torch.cuda.synchronize()
+    if scheduler is not None:
+        scheduler.step_update(num_updates=updates)
+
+
+def _save_images(x: torch.Tensor, epoch: int, step: int, args: argparse.Namespace) -> None:
+    save_image(x, os.path.join(args.run_dir, f'train-epoch-{epoch}-step-{step}.jpg'), padding=0, normalize=True)
 
 
 def _batch_scale(size: int, args: argparse.Namespace) -> float:
@@ -143,18 +149,34 @@ def _saves_recovery(step: int, num_batches: int, args: argparse.Namespace) -> bo
     return bool(interval) and (step + 1) % accum == 0 and (step + 1) % interval < accum and step + 1 < num_batches
 
 
-def _skip(batches: Iterator[Any], number: int, before_last: RandomState, args: argparse.Namespace) -> None:
-    """Draw the batches that were trained on before: the loader and its workers end up where they were.
+def _position(done: int, updates: int, before_last: RandomState, terms: LossTerms) -> Dict[str, Any]:
+    """The place behind the batches that are done, for `_go_behind`, of all processes.
 
     timm's loader prepares one batch ahead, drawing between the training steps' own random numbers; `before_last` is the
     state in which it prepared the batch that is trained on next.
     """
+    ranks = gather_random_states({**get_random_state(), **terms.state()})
+    return dict(batch=done, updates=updates, ranks=ranks, before_last=gather_random_states(before_last))
+
+
+def _go_behind(
+        position: Dict[str, Any],
+        batches: Iterator[Any],
+        terms: LossTerms,
+        scheduler: Optional[Any],
+        args: argparse.Namespace,
+) -> None:
+    """Draw the batches that were trained on before, so that the loader, its workers and all else are as they were."""
     if args.primary:
-        _logger.info(f'Going through the {number} batches of this epoch that are done ..')
-    for _ in range(number - 1):
+        _logger.info(f"Going through the {position['batch']} batches of this epoch that are done ..")
+    for _ in range(position['batch'] - 1):
         next(batches)
-    set_random_state(before_last)
+    set_random_state(position['before_last'][args.rank])
     next(batches)
+    terms.load_state(position['ranks'][args.rank])
+    set_random_state(position['ranks'][args.rank])
+    if scheduler is not None:
+        scheduler.step_update(num_updates=position['updates'])
 
 
 def _backward(
