@@ -20,22 +20,22 @@ import yaml
 from timm.data import resolve_data_config
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.task import TrainingTask
-from timm.utils import get_outdir, setup_default_logging, update_summary
+from timm.utils import get_outdir, setup_default_logging
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timm_eed.exits import TimmModel
 from timm_eed.training.arguments import parse_args
 from timm_eed.training.build import Precision, build_model, build_optimizer, build_scheduler, build_task, setup_device
-from timm_eed.training.checkpoint import Start, find_checkpoint, resume
+from timm_eed.training.checkpoint import Start, check_run_folder, continues_in_place, find_checkpoint, resume
 from timm_eed.training.data import Data, create_data
 from timm_eed.training.distributed import check_processes_agree, share_batch_norm
 from timm_eed.training.engine import evaluate, mean_lr, train_one_epoch, updates_per_epoch
 from timm_eed.training.errors import TrainingError
 from timm_eed.training.publish import Sections, publish_run, read_sections
 from timm_eed.training.random_state import gather_random_states, get_random_state
-from timm_eed.training.report import closing_table, epoch_lines, trim_summary
-from timm_eed.training.saver import RunSaver, resumable_files, write_atomically
+from timm_eed.training.report import append_summary, closing_table, epoch_lines, summary_row, trim_summary
+from timm_eed.training.saver import RunSaver, write_atomically
 
 _logger = logging.getLogger('train_eed')
 
@@ -69,6 +69,7 @@ def run(args: Namespace) -> Dict[str, float]:
     sections = read_sections(args.config) if args.push_to_hub and args.config else None
     device = setup_device(args)
     found = find_checkpoint(args)
+    check_run_folder(args, found)
     model = build_model(args, device)
     data_config = input_config(args, model)
     data = create_data(args, data_config, model.num_classes, device)
@@ -87,11 +88,16 @@ def run(args: Namespace) -> Dict[str, float]:
     scheduler, num_epochs = build_scheduler(args, optimizer, updates)
     num_epochs = min(num_epochs, args.stop_epoch or num_epochs)
     set_schedule(args, scheduler, start.epoch, updates, found[1] if found else {})
-    if start.epoch >= num_epochs:
-        _logger.info(f'The run is complete, there is nothing left to do ({start.epoch} of {num_epochs} epochs).')
-        return {}
-    saver = open_run(args, command, model, task, optimizer, precision, scheduler, data_config, found, start)
+    complete = start.epoch >= num_epochs
+    saver = None
+    if not complete or (found and continues_in_place(args, found)):  # a kill may have left links to be made
+        saver = open_run(args, command, model, task, optimizer, precision, scheduler, data_config, found, start)
     del found  # the weights in it
+    if complete:
+        _logger.info(f'The run is complete, there is nothing left to train ({start.epoch} of {num_epochs} epochs).')
+        if saver is not None and args.push_to_hub:
+            push(args, sections)
+        return {}
     if args.primary:
         log_plan(args, model, data, data_config, start.epoch, num_epochs)
     start.restore_random_state()
@@ -177,11 +183,7 @@ def open_run(
         model, optimizer, args=saved_args, amp_scaler=precision.scaler, checkpoint_dir=args.run_dir,
         recovery_dir=args.run_dir, decreasing='loss' in args.eval_metric, max_history=args.checkpoint_hist, task=task,
         scheduler=scheduler)
-    if found is None:
-        if resumable_files(args.run_dir):
-            _logger.warning(f"'{args.run_dir}' holds a run, which this one overwrites (--resume auto continues it).")
-        saver.start_afresh()
-    elif args.resume == 'auto':
+    if found and continues_in_place(args, found):
         saver.continue_run(found[1], found[0])
     trim_summary(os.path.join(args.run_dir, 'summary.csv'), start.epoch)
     if args.log_wandb:
@@ -198,6 +200,12 @@ def start_wandb(args: Namespace, command: Dict[str, Any]) -> None:
     resuming = dict(resume='must', id=args.wandb_resume_id) if args.wandb_resume_id else {}
     wandb.init(
         project=args.wandb_project, name=args.experiment or None, config=command, tags=args.wandb_tags, **resuming)
+
+
+def log_wandb(row: Dict[str, Any]) -> None:
+    """Send a row of the summary to Weights & Biases."""
+    import wandb
+    wandb.log(row)
 
 
 def log_plan(
@@ -252,9 +260,10 @@ def fit(
             _logger.info(epoch_lines(epoch, num_epochs, train_metrics, current, lr, ema=use_ema))
             if skipped := data.take_skipped():
                 _logger.warning(f'{skipped} unreadable images were replaced by their neighbours in this epoch.')
-            update_summary(
-                epoch, train_metrics, current or not_evaluated, os.path.join(args.run_dir, 'summary.csv'), lr=lr,
-                log_wandb=args.log_wandb)
+            row = summary_row(epoch, train_metrics, current or not_evaluated, lr)
+            append_summary(os.path.join(args.run_dir, 'summary.csv'), row)
+            if args.log_wandb:
+                log_wandb(row)
             saver.save_checkpoint(epoch, metric=current.get(args.eval_metric))
             if milestone:
                 saver.save_milestone(epoch + 1)

@@ -10,7 +10,7 @@ import torch
 from timm_eed.training.errors import TrainingError
 from timm_eed.training.random_state import get_random_state, set_random_state
 from timm_eed.training.report import trim_summary
-from timm_eed.training.saver import RunSaver, write_atomically
+from timm_eed.training.saver import write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -72,12 +72,3 @@ def test_a_row_cut_short_is_dropped(tmp_path):
     trim_summary(str(path), 0)
     assert path.read_text() == ''
     trim_summary(str(tmp_path / 'none.csv'), 1)
-
-
-def test_a_fresh_run_leaves_no_old_checkpoint(tmp_path):
-    old = ['last', 'previous', 'model_best', 'checkpoint-9', 'recovery-3-4']
-    for name in [*old, 'checkpoint-notes']:
-        suffix = '.txt' if name == 'checkpoint-notes' else '.pth.tar'
-        (tmp_path / (name + suffix)).write_bytes(b'')
-    RunSaver(torch.nn.Linear(1, 1), None, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)).start_afresh()
-    assert [path.name for path in tmp_path.iterdir()] == ['checkpoint-notes.txt']

@@ -109,11 +109,83 @@ def test_everything_at_once_and_resumed(train):
     assert rows_of(folder)[0]['train_loss'] == rows_of(whole)[0]['train_loss']
 
 
+def test_a_resumed_run_may_measure_other_things(train):
+    """Mixup leaves no training accuracy; without it there are more columns, and none shifts."""
+    folder = train('--epochs', '3', '--stop-epoch', '1', '--sched', 'none')
+    first = rows_of(folder)
+    train('--epochs', '3', '--stop-epoch', '2', '--sched', 'none', '--mixup', '.2', '--resume', 'auto')
+    rows = rows_of(folder)
+    assert [row['epoch'] for row in rows] == ['0', '1'] and rows[0] == first[0]
+    metric = load(folder / 'last.pth.tar')['metric']
+    assert float(rows[1]['eval_top1']) == metric and rows[1]['train_top1'] == '' and float(rows[1]['lr']) == .01
+    shutil.copytree(folder, folder.parent / 'mixed')
+    train('--epochs', '3', '--sched', 'none', '--val-split', '', '--eed-beta', '1', '--resume', 'auto')
+    assert [row['epoch'] for row in rows_of(folder)] == ['0', '1', '2'] and rows_of(folder)[2]['eval_top1'] == ''
+
+    without = train('--epochs', '2', '--stop-epoch', '1', '--val-split', '', '--mixup', '.2', experiment='none')
+    train('--epochs', '2', '--resume', 'auto', experiment='none')
+    rows = rows_of(without)
+    assert rows[0]['eval_top1'] == '' and float(rows[1]['eval_top1']) == load(without / 'last.pth.tar')['metric']
+
+
+def test_a_recovery_checkpoint_goes_on_with_another_loss(train):
+    flags = ('-b', '6', '--epochs', '1', '--recovery-interval', '2', '--sched', 'none')
+    folder = train(*flags)
+    recovery = sorted(folder.glob('recovery-*'))[-1]
+    other = train(*flags, '--mixup', '.2', '--resume', str(recovery), experiment='other')
+    assert 'train_top1' not in rows_of(other)[0] and 0 < float(rows_of(other)[0]['train_loss']) < 20
+
+
+def test_two_runs_do_not_share_a_folder(train, capsys):
+    folder = train()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert 'holds a run: continue it with --resume auto' in fails(train, capsys)
+    elsewhere = train('--epochs', '1', experiment='elsewhere')
+    assert 'holds a run' in fails(train, capsys, '--resume', str(elsewhere / 'last.pth.tar'))
+    message = fails(train, capsys, '--resume', str(folder / 'checkpoint-0.pth.tar'))
+    assert 'holds later checkpoints' in message and '--experiment' in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_named_checkpoint_of_the_same_folder_keeps_the_best(train):
+    folder = train('--epochs', '4', '--stop-epoch', '2', '--sched', 'none')
+    best = load(folder / 'model_best.pth.tar')
+    train('--epochs', '4', '--stop-epoch', '3', '--sched', 'none', '--resume', str(folder / 'last.pth.tar'),
+          '--no-resume-opt', '--lr', '5')
+    after = load(folder / 'model_best.pth.tar')
+    assert after['metric'] >= best['metric']
+    assert len(load(folder / 'last.pth.tar')['saver']['checkpoint_files']) == 2  # and the one being written
+
+
+@pytest.mark.parametrize('epochs', ['2', '3'])
+def test_links_that_a_kill_prevented_are_made(train, epochs):
+    """Killed behind the writing of last.pth.tar: in the last epoch, too."""
+    flags = ('--epochs', epochs, '--sched', 'none', '--save-epochs', '2')
+    folder = train(*flags, '--stop-epoch', '2')
+    names = {path.name for path in folder.glob('*.tar')}
+    assert 'milestone-2.pth.tar' in names
+    for name in ('checkpoint-1.pth.tar', 'milestone-2.pth.tar'):
+        (folder / name).unlink()
+    train(*flags, '--resume', 'auto')
+    found = {path.name for path in folder.glob('*.tar')}
+    assert names <= found
+    assert load(folder / 'milestone-2.pth.tar')['epoch'] == load(folder / 'checkpoint-1.pth.tar')['epoch'] == 1
+
+
+def test_a_complete_run_is_still_published(train, monkeypatch):
+    pushed = []
+    monkeypatch.setenv('HF_TOKEN', 'hf_none')
+    monkeypatch.setattr(train_eed, 'push', lambda args, sections: pushed.append((args.run_dir, args.push_to_hub)))
+    folder = train('--epochs', '1')
+    train('--epochs', '1', '--resume', 'auto', '--push-to-hub', 'me/net')
+    assert pushed == [(str(folder), 'me/net')]
+
+
 def test_resume_continues_the_weights(train, caplog):
     folder = train('--epochs', '1', '--sched', 'none')
     first = load(folder / 'last.pth.tar')
     train('--epochs', '1', '--sched', 'none', '--resume', 'auto')
-    assert 'is complete, there is nothing left to do' in caplog.text
+    assert 'is complete, there is nothing left to train' in caplog.text
     again = load(folder / 'last.pth.tar')
     assert all(torch.equal(v, again['state_dict'][k]) for k, v in first['state_dict'].items())
     other = train('--epochs', '2', '--lr', '0', '--sched', 'none', '--resume', str(folder / 'last.pth.tar'),

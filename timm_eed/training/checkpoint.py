@@ -14,7 +14,10 @@ from .errors import TrainingError
 from .random_state import RandomState, set_random_state
 from .saver import resumable_files
 
-__all__ = ['Start', 'find_checkpoint', 'load_checkpoint', 'load_initial_checkpoint', 'resume']
+__all__ = [
+    'Start', 'check_run_folder', 'continues_in_place', 'find_checkpoint', 'load_checkpoint', 'load_initial_checkpoint',
+    'resume',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ def find_checkpoint(args: argparse.Namespace) -> Optional[Tuple[str, Dict[str, A
         if not os.path.isfile(args.resume):
             raise TrainingError(f"--resume: there is no checkpoint '{args.resume}'.")
         return args.resume, load_checkpoint(args.resume)
-    folder = os.path.join(args.output or './output/train', args.experiment)
+    folder = _run_folder(args)
     paths = resumable_files(folder)
     found: Optional[Tuple[str, Dict[str, Any]]] = None
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
@@ -64,6 +67,33 @@ def find_checkpoint(args: argparse.Namespace) -> Optional[Tuple[str, Dict[str, A
         raise TrainingError(f"--resume auto: none of the checkpoints in '{folder}' can be read.")
     _logger.info(f"--resume auto: no checkpoint in '{folder}' yet, starting afresh.")
     return None
+
+
+def check_run_folder(args: argparse.Namespace, found: Optional[Tuple[str, Dict[str, Any]]]) -> None:
+    """Raise a TrainingError if the run would mix its files with those of another one."""
+    folder = _run_folder(args)
+    paths = resumable_files(folder) if args.experiment else []
+    if not paths:
+        return
+    if found is None or not continues_in_place(args, found):
+        raise TrainingError(
+            f"'{folder}' holds a run: continue it with --resume auto, give this one another --experiment, or remove "
+            'the old one.')
+    if args.resume != 'auto' and any(os.path.getmtime(path) > os.path.getmtime(found[0]) for path in paths):
+        raise TrainingError(
+            f"'{folder}' holds later checkpoints than '{found[0]}'. To go on from there, give this run another "
+            '--experiment.')
+
+
+def continues_in_place(args: argparse.Namespace, found: Tuple[str, Dict[str, Any]]) -> bool:
+    """Whether a checkpoint lies in the folder that the run writes to."""
+    folder = _run_folder(args)
+    return bool(args.experiment) and os.path.isdir(folder) and os.path.samefile(
+        os.path.dirname(found[0]) or '.', folder)
+
+
+def _run_folder(args: argparse.Namespace) -> str:
+    return os.path.join(args.output or './output/train', args.experiment)
 
 
 def _progress(checkpoint: Dict[str, Any]) -> Tuple[int, int]:

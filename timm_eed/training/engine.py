@@ -156,7 +156,8 @@ def _position(done: int, updates: int, before_last: RandomState, terms: LossTerm
     state in which it prepared the batch that is trained on next.
     """
     ranks = gather_random_states({**get_random_state(), **terms.state()})
-    return dict(batch=done, updates=updates, ranks=ranks, before_last=gather_random_states(before_last))
+    return dict(
+        batch=done, updates=updates, ranks=ranks, before_last=gather_random_states(before_last), terms=terms.names)
 
 
 def _go_behind(
@@ -173,7 +174,7 @@ def _go_behind(
         next(batches)
     set_random_state(position['before_last'][args.rank])
     next(batches)
-    terms.load_state(position['ranks'][args.rank])
+    terms.load_state(position['ranks'][args.rank], position.get('terms', []))
     set_random_state(position['ranks'][args.rank])
     if scheduler is not None:
         scheduler.step_update(num_updates=position['updates'])

@@ -46,7 +46,10 @@ class LossTerms:
 
     def add(self, step: int, result: Dict[str, torch.Tensor], samples: int) -> None:
         """Count the terms of one step."""
-        self.names = [name for name in result if name in _TERMS or name.startswith('top1')]
+        names = [name for name in result if name in _TERMS or name.startswith('top1')]
+        if self.names and names != self.names:  # a resumed run with other losses: its means begin here
+            self._sum, self._samples = self._sum[:0], 0
+        self.names = names
         terms = torch.stack([result[name].detach().float() for name in self.names])
         self._unseen.append((step, terms))
         self._sum = terms * samples + (self._sum if len(self._sum) else 0)
@@ -77,8 +80,9 @@ class LossTerms:
         """What `load_state` needs to count on within an epoch."""
         return {'terms': self._sum.cpu(), 'samples': torch.tensor(self._samples)}
 
-    def load_state(self, state: Dict[str, torch.Tensor]) -> None:
-        """Count on from `state`."""
+    def load_state(self, state: Dict[str, torch.Tensor], names: List[str]) -> None:
+        """Count on from `state`, whose terms have these names."""
+        self.names = names
         self._sum = state['terms'].to(self._device)
         self._samples = int(state['samples'])
 

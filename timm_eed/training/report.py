@@ -2,7 +2,7 @@
 import csv
 import io
 import os
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch.nn as nn
 
@@ -10,7 +10,7 @@ from ..multi_exit import MultiExitWrapper
 from ..profiling import profile_with_ensemble
 from .saver import write_atomically
 
-__all__ = ['closing_table', 'epoch_lines', 'format_rate', 'trim_summary']
+__all__ = ['append_summary', 'closing_table', 'epoch_lines', 'format_rate', 'summary_row', 'trim_summary']
 
 _LABELS = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'macro_f1': 'F1'}
 
@@ -31,6 +31,37 @@ def epoch_lines(
         suffix = '  (moving average)' if ema else ''
         lines += [f'  {line}{suffix}' for line in _accuracy_lines(validation)]
     return '\n'.join(lines)
+
+
+def summary_row(
+        epoch: int,
+        train: Dict[str, float],
+        validation: Mapping[str, Union[float, str]],
+        lr: float,
+) -> Dict[str, Union[float, str]]:
+    """An epoch in one row, its columns named and ordered as in timm's summary.csv."""
+    return {'epoch': epoch, **{f'train_{name}': value for name, value in train.items()},
+            **{f'eval_{name}': value for name, value in validation.items()}, 'lr': lr}
+
+
+def append_summary(path: str, row: Dict[str, Union[float, str]]) -> None:
+    """Append a row to a summary.csv; a resumed run that measures other things than before adds columns to all rows."""
+    rows: List[Dict[str, Any]] = []
+    names: List[str] = []
+    if os.path.exists(path):
+        with open(path, newline='', encoding='utf-8') as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), list(reader.fieldnames or [])
+    merged = [*names, *(name for name in row if name not in names)]
+    if merged == names:
+        with open(path, 'a', newline='', encoding='utf-8') as file:
+            csv.DictWriter(file, names, restval='', lineterminator='\n').writerow(row)
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, merged, restval='', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows([*rows, row])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def trim_summary(path: str, epochs: int) -> None:

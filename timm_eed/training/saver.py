@@ -53,7 +53,7 @@ def _flush_folder(path: str) -> None:
 
 
 def resumable_files(folder: str) -> List[str]:
-    """The checkpoints of a run that --resume auto looks at, and that a fresh run in the same folder removes."""
+    """The checkpoints of a run that --resume auto looks at, and that no other run may write beside."""
     return [path for name in ('last', 'previous', 'recovery-*', 'checkpoint-*')
             for path in glob.glob(os.path.join(glob.escape(folder), name + '.pth.tar'))]
 
@@ -152,14 +152,10 @@ class RunSaver(CheckpointSaver):
         self._written = True
         try:
             self.save_checkpoint(epoch, metric)
+            if epoch + 1 in (self.args.save_epochs or []):
+                self.save_milestone(epoch + 1)
         finally:
             self._written = False
 
     def _recovery_files(self) -> List[str]:
         return glob.glob(os.path.join(glob.escape(self.recovery_dir), self.recovery_prefix + '-*' + self.extension))
-
-    def start_afresh(self) -> None:
-        """Remove an older run's checkpoints from this folder: what --resume auto would continue, and its best one."""
-        best = glob.glob(os.path.join(glob.escape(self.checkpoint_dir), 'model_best' + self.extension))
-        for path in [*resumable_files(self.checkpoint_dir), *best]:
-            os.remove(path)
