@@ -5,6 +5,7 @@
     python train_eed.py --model resnet50 --eed-alpha 1 --data imagenet
     torchrun --nproc_per_node 8 train_eed.py --model resnet50 --data imagenet
 """
+import json
 import logging
 import os
 import shlex
@@ -35,6 +36,7 @@ from timm_eed.training.errors import TrainingError
 from timm_eed.training.publish import Sections, publish_run, read_sections
 from timm_eed.training.random_state import gather_random_states, get_random_state
 from timm_eed.training.report import append_summary, closing_table, epoch_lines, summary_row, trim_summary
+from timm_eed.training.runs import CLASSES
 from timm_eed.training.saver import RunSaver, write_atomically
 
 _logger = logging.getLogger('train_eed')
@@ -92,6 +94,7 @@ def run(args: Namespace) -> Dict[str, float]:
     saver = None
     if not complete or (found and continues_in_place(args, found)):  # a kill may have left links to be made
         saver = open_run(args, command, model, task, optimizer, precision, scheduler, data_config, found, start)
+        write_classes(args, data)
     del found  # the weights in it
     if complete:
         _logger.info(f'The run is complete, there is nothing left to train ({start.epoch} of {num_epochs} epochs).')
@@ -175,7 +178,10 @@ def open_run(
     name = args.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'), timm.models.safe_model_name(args.model),
         str(data_config['input_size'][-1])])
-    args.run_dir = get_outdir(args.output or './output/train', name)
+    try:
+        args.run_dir = get_outdir(args.output or './output/train', name)
+    except OSError as error:
+        raise TrainingError(f'--output: cannot make the folder of the run: {error}') from error
     text = yaml.safe_dump(command, sort_keys=False)
     write_atomically(os.path.join(args.run_dir, 'args.yaml'), lambda file: file.write(text.encode()))
     saved_args = Namespace(**command)  # what the command said; devices and dtypes are this machine's matter
@@ -189,6 +195,13 @@ def open_run(
     if args.log_wandb:
         start_wandb(args, command)
     return saver
+
+
+def write_classes(args: Namespace, data: Data) -> None:
+    """Keep the names of the classes with the run, so that it is evaluated on no others."""
+    if args.primary and data.classes and not args.class_map:
+        text = json.dumps([str(name) for name in data.classes], indent=0)
+        write_atomically(os.path.join(args.run_dir, CLASSES), lambda file: file.write(text.encode()))
 
 
 def start_wandb(args: Namespace, command: Dict[str, Any]) -> None:

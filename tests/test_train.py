@@ -1,4 +1,5 @@
 """train_eed.py on small real images, from the command line down."""
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ from launch import torchrun
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 import train_eed
+from timm_eed import cli
 from timm_eed.training.arguments import parse_args
 from timm_eed.training.build import setup_device
 from timm_eed.training.data import create_data
@@ -172,6 +174,43 @@ def test_links_that_a_kill_prevented_are_made(train, epochs):
     assert load(folder / 'milestone-2.pth.tar')['epoch'] == load(folder / 'checkpoint-1.pth.tar')['epoch'] == 1
 
 
+def test_a_run_is_evaluated_on_its_own_classes(train, image_folder, tmp_path, capsys):
+    folder = train('--epochs', '1')
+    assert json.loads((folder / 'classes.json').read_text()) == ['class0', 'class1', 'class2']
+    renamed = tmp_path / 'renamed'
+    shutil.copytree(image_folder, renamed)
+    (renamed / 'val/class0').rename(renamed / 'val/zero')
+    command = ['validate', str(folder), str(renamed), '--device', 'cpu', '-j', '0']
+    with pytest.raises(SystemExit, match=r'the model and the data disagree about the classes.*only in the data: zero'):
+        cli.main(command)
+    (renamed / 'val/zero').rename(renamed / 'val/class0')
+    cli.main(command)
+    with pytest.raises(SystemExit, match=r"has no 'holdout' split: .* Name another with --split\."):
+        cli.main([*command, '--split', 'holdout'])
+
+
+def test_digits_have_two_splits(tmp_path, capsys):
+    flags = [*SMALL, '--dataset', 'eed/digits', '--num-classes', '10', '--output', str(tmp_path)]
+    train_eed.main([*flags, '--epochs', '1', '-b', '128', '--experiment', 'run'])
+    sizes = {}
+    for split in ('train', 'validation', 'val'):
+        cli.main(['validate', str(tmp_path / 'run'), '--split', split, '--device', 'cpu', '-j', '0'])
+        sizes[split] = int(capsys.readouterr().out.split(' images')[0].split()[-1])
+    assert sizes == dict(train=1442, validation=355, val=355)
+    with pytest.raises(SystemExit, match="has the splits train and validation, not 'holdout'"):
+        cli.main(['validate', str(tmp_path / 'run'), '--split', 'holdout', '--device', 'cpu', '-j', '0'])
+    with pytest.raises(SystemExit, match="--train-split: torch/cifar10 has the splits train and validation, not 'tset'"):
+        train_eed.main([*flags, '--dataset', 'torch/cifar10', '--train-split', 'tset'])
+
+
+def test_a_run_with_split_batch_norm_is_read(train, capsys):
+    folder = train('--epochs', '1', '--split-bn', '--aug-splits', '2')
+    capsys.readouterr()
+    cli.main(['validate', str(folder), '--device', 'cpu', '-j', '0'])
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('main'))
+    assert f"{float(rows_of(folder)[0]['eval_top1']):.2f} %" in printed
+
+
 def test_a_complete_run_is_still_published(train, monkeypatch):
     pushed = []
     monkeypatch.setenv('HF_TOKEN', 'hf_none')
@@ -251,7 +290,7 @@ def test_classes_that_disagree(train, capsys, image_folder):
     assert 'pass --num-classes 3' in fails(train, capsys, '--num-classes', '2')
     shutil.rmtree(image_folder / 'val/class1')
     message = fails(train, capsys)
-    assert 'The splits disagree about the classes: 3 in train, 2 in validation (only in train: class1)' in message
+    assert 'train and validation disagree about the classes: 3 in train, 2 in validation (only in train: class1' in message
 
 
 def test_batch_larger_than_the_data(train, capsys):

@@ -15,8 +15,8 @@ from .random_state import RandomState, set_random_state
 from .saver import resumable_files
 
 __all__ = [
-    'Start', 'check_run_folder', 'continues_in_place', 'find_checkpoint', 'load_checkpoint', 'load_initial_checkpoint',
-    'resume',
+    'Start', 'check_run_folder', 'continues_in_place', 'find_checkpoint', 'first_lines', 'load_checkpoint',
+    'load_initial_checkpoint', 'resume',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def load_checkpoint(path: str) -> Dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # unpicklers fail in many ways
-        raise TrainingError(f"'{path}' is no readable checkpoint: {_first_lines(error, 1)}") from error
+        raise TrainingError(f"'{path}' is no readable checkpoint: {first_lines(error, 1)}") from error
     if not isinstance(content, dict) or 'state_dict' not in content or not isinstance(content.get('epoch'), int):
         raise TrainingError(f"'{path}' is no training checkpoint.")
     return content
@@ -144,7 +144,7 @@ def resume(
             if scaler is not None and scaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[scaler.state_dict_key])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise TrainingError(f"The checkpoint '{path}' does not fit this run: {_first_lines(error)}") from error
+        raise TrainingError(f"The checkpoint '{path}' does not fit this run: {first_lines(error)}") from error
     if args.start_epoch is not None:
         return Start(args.start_epoch)
     epoch, batch = _progress(checkpoint)
@@ -178,7 +178,7 @@ def load_initial_checkpoint(model: nn.Module, path: str) -> None:
     except RuntimeError as error:
         raise TrainingError(
             f"The weights in '{path}' do not fit this model, check --model, --num-classes and the exits: "
-            f'{_first_lines(error)}') from error
+            f'{first_lines(error)}') from error
 
 
 def _check_fits(saved: Optional[argparse.Namespace], args: argparse.Namespace, path: str) -> None:
@@ -198,6 +198,7 @@ def _check_fits(saved: Optional[argparse.Namespace], args: argparse.Namespace, p
             'for another optimizer add --no-resume-opt.')
 
 
-def _first_lines(error: Exception, count: int = 4) -> str:
+def first_lines(error: Exception, count: int = 4) -> str:
+    """The beginning of a long message."""
     lines = str(error).splitlines()
     return '\n'.join([line[:200] for line in lines[:count]] + (['..'] if len(lines) > count else []))

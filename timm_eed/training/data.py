@@ -1,14 +1,15 @@
 """Loaders of the training script, checked before the first step."""
 import argparse
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 
 from .augmentation import create_mixup, crop_from_padded, training_transforms
 from .errors import TrainingError
-from .splits import SkippingImageDataset, check_classes, create_split, encode_labels
+from .splits import SkippingImageDataset, check_classes, check_same_classes, class_names, create_split, encode_labels
 
 __all__ = ['Data', 'create_data', 'create_evaluation_loader']
 
@@ -23,6 +24,7 @@ class Data:
         collate_mixup: Mixup inside the loader.
         sources: The image data sets that count unreadable files.
         max_batches: Most batches per epoch.
+        classes: Names of the classes in index order, where they are known.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Data:
             collate_mixup: Optional[FastCollateMixup],
             sources: List[SkippingImageDataset],
             max_batches: Optional[int] = None,
+            classes: Optional[List[str]] = None,
     ):
         self.train = train
+        self.classes = classes
         self._max_batches = max_batches
         self.validation = validation
         self.mixup = mixup
@@ -87,11 +91,12 @@ def create_data(
     Raises:
         TrainingError: If a folder or split is missing or empty, or class counts disagree.
     """
-    train: Any = create_split(args, args.train_split, data_config, training=True)
-    validation = create_split(args, args.val_split, data_config, training=False)
+    train: Any = create_split(args, args.train_split, data_config, training=True, flag='--train-split')
+    validation = create_split(args, args.val_split, data_config, training=False, flag='--val-split')
     if train is None:
         raise TrainingError("--train-split is empty; name the training split, as in --train-split train.")
     check_classes(args, train, validation, num_classes)
+    classes = class_names(train)
     for split in (train, validation):
         encode_labels(args, split, num_classes)
     sources = [dataset for dataset in (train, validation) if isinstance(dataset, SkippingImageDataset)]
@@ -99,10 +104,8 @@ def create_data(
         train = AugMixDataset(train, num_splits=args.aug_splits)
     collate, mixup = create_mixup(args, num_classes)
     loader = _loader_kwargs(args, data_config, device)
-    try:
+    with _explained('training'):
         train_loader = create_loader(train, **loader, **training_transforms(args, data_config), collate_fn=collate)
-    except (AssertionError, KeyError, ValueError, TypeError) as error:  # names of policies, crops and interpolations
-        raise TrainingError(f'Cannot make the training loader: {type(error).__name__}: {error}') from error
     if args.crop_padding is not None:
         crop_from_padded(train_loader.dataset, data_config['input_size'], args.crop_padding)
     if not len(train_loader):
@@ -110,10 +113,8 @@ def create_data(
         raise TrainingError(
             f'The training split has {len(train)} images, {share} per process, less than one batch of '
             f'{args.batch_size}; lower --batch-size (-b) to {share} or less.')
-    if validation is None:
-        return Data(train_loader, None, mixup, collate, sources, args.train_batches_per_epoch)
-    validation_loader = _evaluation_loader(args, validation, data_config, loader)
-    return Data(train_loader, validation_loader, mixup, collate, sources, args.train_batches_per_epoch)
+    validation_loader = None if validation is None else _evaluation_loader(args, validation, data_config, loader)
+    return Data(train_loader, validation_loader, mixup, collate, sources, args.train_batches_per_epoch, classes)
 
 
 def create_evaluation_loader(
@@ -125,15 +126,28 @@ def create_evaluation_loader(
 ) -> Any:
     """A loader of one split without augmentation, for a model with `num_classes` outputs.
 
+    Where `args.class_names` says what the model was trained on, the data must have the same classes.
+
     Raises:
-        TrainingError: If the split is missing or empty, or the class counts disagree.
+        TrainingError: If the split is missing or empty, or the classes disagree.
     """
-    dataset = create_split(args, split, data_config, training=False)
+    dataset = create_split(args, split, data_config, training=False, flag='--split')
     if dataset is None:
         raise TrainingError("--split is empty; name a split, as in --split validation.")
     check_classes(args, dataset, None, num_classes)
+    names, trained_on = class_names(dataset), getattr(args, 'class_names', None)
+    if names and trained_on and not args.class_map:
+        check_same_classes('the model', trained_on, 'the data', [str(name) for name in names])
     encode_labels(args, dataset, num_classes)
     return _evaluation_loader(args, dataset, data_config, _loader_kwargs(args, data_config, device))
+
+
+@contextmanager
+def _explained(kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError, TypeError) as error:  # names of policies, crops and interpolations
+        raise TrainingError(f'Cannot make the {kind} loader: {type(error).__name__}: {error}') from error
 
 
 def _loader_kwargs(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
@@ -157,13 +171,14 @@ def _evaluation_loader(
     workers = min(2, args.workers) if args.distributed and args.dataset.startswith(('tfds', 'wds')) else args.workers
     if args.distributed and args.dataset.startswith('wds'):
         _take_own_shards(dataset.reader)
-    created = create_loader(dataset, **{**loader, 'num_workers': workers}, **dict(
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
-    ))
+    with _explained('validation'):
+        created = create_loader(dataset, **{**loader, 'num_workers': workers}, **dict(
+            batch_size=args.validation_batch_size or args.batch_size,
+            is_training=False,
+            interpolation=data_config['interpolation'],
+            crop_pct=data_config['crop_pct'],
+            crop_mode=data_config['crop_mode'],
+        ))
     # a generator of its own: that an evaluation took place must not change what training draws afterwards
     getattr(created, 'loader', created).generator = torch.Generator()
     return created

@@ -142,7 +142,9 @@ def write_run(
     _compare(args, config_path)
     run.model.early_exit_config = early_exit
     # the architecture's default entry tells of timm's weights, not of these
-    own = dict(pretrained_cfg=dict(license=card.get('license'), tag=None))
+    own: Dict[str, Any] = dict(pretrained_cfg=dict(license=card.get('license'), tag=None))
+    if run.args.class_names and len(run.args.class_names) == run.model.num_classes:
+        own['label_names'] = run.args.class_names
     run.model.save_pretrained(folder, metrics=metrics, data_config=run.data_config, model_config=own)
     return write_model_card(
         folder, run.model, repo_id, metrics=metrics, data_config=run.data_config, recipe=recipe(args),

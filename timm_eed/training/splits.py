@@ -2,7 +2,7 @@
 import argparse
 import logging
 import os
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from PIL import Image
@@ -11,12 +11,16 @@ from timm.data import ImageDataset, MultiLabelTarget, create_dataset
 from .digits import Digits
 from .errors import TrainingError
 
-__all__ = ['SkippingImageDataset', 'check_classes', 'class_names', 'create_split', 'encode_labels']
+__all__ = [
+    'SkippingImageDataset', 'check_classes', 'check_same_classes', 'class_names', 'create_split', 'encode_labels']
 
 _logger = logging.getLogger(__name__)
 
 # folder names that mean the same split, as timm reads them
 _SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
+# data sets that are split in two, of which any unknown name would mean the second
+_TWO_SPLITS = {'eed/digits', *(f'torch/{name}' for name in (
+    'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'))}
 
 
 class SkippingImageDataset(ImageDataset):
@@ -70,9 +74,16 @@ class SkippingImageDataset(ImageDataset):
 
 
 def create_split(
-        args: argparse.Namespace, split: str, data_config: Dict[str, Any], training: bool,
+        args: argparse.Namespace, split: str, data_config: Dict[str, Any], training: bool, flag: str,
 ) -> Optional[Any]:
     """A data set of one split as the flags name it, None where the name of the split is empty.
+
+    Args:
+        args: Parsed arguments.
+        split: Name of the split.
+        data_config: As timm's `resolve_data_config` gives it.
+        training: Whether it is trained on.
+        flag: The flag that names the split, for messages.
 
     Raises:
         TrainingError: If it is missing or cannot be read.
@@ -80,10 +91,12 @@ def create_split(
     if not split:
         return None
     image_mode = args.input_img_mode or ('L' if data_config['input_size'][0] == 1 else 'RGB')
+    if args.dataset.lower() in _TWO_SPLITS and split not in {*_SPLIT_NAMES[0], *_SPLIT_NAMES[1], 'test'}:
+        raise TrainingError(f"{flag}: {args.dataset} has the splits train and validation, not '{split}'.")
     if args.dataset == 'eed/digits':
-        return Digits(train=training, input_img_mode=image_mode)
+        return Digits(train=split in _SPLIT_NAMES[0], input_img_mode=image_mode)
     if not args.dataset:
-        _check_folder(args.data_dir, split)
+        _check_folder(args.data_dir, split, flag)
     elif args.dataset.startswith('eed/'):
         raise TrainingError(f"Unknown data set '{args.dataset}'; the package ships eed/digits.")
     elif args.dataset.startswith('wds/') and not args.data_dir:
@@ -117,10 +130,11 @@ def create_split(
     return SkippingImageDataset(dataset) if type(dataset) is ImageDataset else dataset
 
 
-def _check_folder(root: Optional[str], split: str) -> None:
+def _check_folder(root: Optional[str], split: str, flag: str) -> None:
     """timm reads the root itself where a split is missing, and would validate on training images."""
     if not root:
-        raise TrainingError('No data: name a folder with --data DIR, or a data set with --dataset NAME.')
+        folder = 'behind the model (MODEL DATA)' if flag == '--split' else 'with --data DIR'
+        raise TrainingError(f'No data: name a folder {folder}, or a data set with --dataset NAME.')
     if not os.path.exists(root):
         raise TrainingError(
             f"The data folder '{root}' does not exist (looked from {os.getcwd()}); correct --data.")
@@ -132,8 +146,7 @@ def _check_folder(root: Optional[str], split: str) -> None:
         return
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     listing = ', '.join(found[:8]) + (', ..' if len(found) > 8 else '') if found else 'nothing'
-    flag, without = ('--train-split', '') if base in _SPLIT_NAMES[0] else (
-        '--val-split', " or train without one by --val-split ''")
+    without = " or train without one by --val-split ''" if flag == '--val-split' else ''
     raise TrainingError(
         f"The data folder '{root}' has no '{split}' split: expected a folder {' or '.join(names)} in it, "
         f'found {listing}. Name another with {flag}{without}.')
@@ -152,19 +165,8 @@ def check_classes(args: argparse.Namespace, train: Any, validation: Optional[Any
     classes, validation_classes = class_names(train), class_names(validation)
     if classes is None:
         return
-    if validation_classes is not None and classes != validation_classes:
-        differences = [
-            f"only in {name}: {', '.join(sorted(map(str, only))[:5])}"
-            for name, only in (
-                ('train', set(classes) - set(validation_classes)),
-                ('validation', set(validation_classes) - set(classes)),
-            )
-            if only
-        ]
-        raise TrainingError(
-            f'The splits disagree about the classes: {len(classes)} in train, {len(validation_classes)} in validation '
-            f"({'; '.join(differences) or 'same names, other order'}). Labels would not match; "
-            'give every split a folder per class, or a --class-map.')
+    if validation_classes is not None:
+        check_same_classes('train', classes, 'validation', validation_classes)
     if args.class_map:
         return  # maps may name classes that no image has
     if len(classes) > num_classes or (args.num_classes is not None and len(classes) != num_classes):
@@ -175,6 +177,19 @@ def check_classes(args: argparse.Namespace, train: Any, validation: Optional[Any
         _logger.warning(
             f'The data has {len(classes)} classes, the model its default of {num_classes} outputs; '
             f'--num-classes {len(classes)} would fit.')
+
+
+def check_same_classes(first: str, names: Sequence[str], second: str, others: Sequence[str]) -> None:
+    """Raise a TrainingError that names the difference if two lists of class names, in index order, are not the same."""
+    if list(names) == list(others):
+        return
+    differences = [
+        f"only in {name}: {', '.join(sorted(map(str, only))[:5])}"
+        for name, only in ((first, set(names) - set(others)), (second, set(others) - set(names))) if only]
+    raise TrainingError(
+        f'{first} and {second} disagree about the classes: {len(names)} in {first}, {len(others)} in {second} '
+        f"({'; '.join(differences) or 'same names, other order'}). Labels would not match; give each a folder per "
+        'class, or a --class-map.')
 
 
 def encode_labels(args: argparse.Namespace, dataset: Optional[Any], num_classes: int) -> None:
