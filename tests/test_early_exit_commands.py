@@ -136,16 +136,27 @@ def test_export(run, who, suffix, tmp_path, capsys):
     ('export test_resnet --output x.bin', r'must end in \.onnx or \.pt2'),
     ('export test_resnet --output x.onnx --exit exit9', "no exit 'exit9'; choose exit1, exit2, exit3, main or all"),
     ('benchmark test_resnet --settings nowhere.json', 'is no file of `timm-eed calibrate --json`'),
-    ('benchmark test_resnet --settings a --thresholds 1', 'not both'),
+    ('benchmark test_resnet --settings a --thresholds 1', 'drop --thresholds and --policy'),
+    ('benchmark test_resnet --settings a --policy margin', 'drop --thresholds and --policy'),
+    ('benchmark test_resnet --split train', 'is one of DATA, which is not named'),
+    ('benchmark test_resnet --checkpoint best', r'--checkpoint has no meaning for .* a timm model'),
+    ('export docs/models/cifar_resnet20_eed --no-ema --output x.onnx', '--no-ema has no meaning'),
+    ('info hf-hub:me/none', "cannot make 'hf-hub:me/none'"),
     ('benchmark test_resnet --thresholds 1 2', '2 thresholds for 3 exits'),
     ('benchmark test_resnet --thresholds .5 --exit-kwargs droprate=.1', "no argument 'droprate', only drop_rate and"),
     ('benchmark test_resnet --exit-kwargs drop_rate=x', 'drop_rate=x must be a number from 0 to 1'),
-    ('benchmark docs/models/cifar_resnet20_eed --exit-kwargs drop_rate=.1', "--exit-kwargs is .* is a saved model"),
+    ('benchmark docs/models/cifar_resnet20_eed --exit-kwargs drop_rate=.1', r'--exit-kwargs .* is a saved model'),
 ])
 def test_refusals_name_the_fix(command, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(SystemExit, match=message):
-        cli.main([*command.split(), '--device', 'cpu'])
+        cli.main([*command.split(), *(['--device', 'cpu'] if 'info' not in command else [])])
+
+
+def test_an_unusable_device_is_named():
+    with pytest.raises(SystemExit, match="cannot use --device 'nonsense'"):
+        cli.main(['benchmark', 'test_resnet', '--device', 'nonsense'])
 
 
 @pytest.mark.parametrize('command, message', [
@@ -160,7 +171,7 @@ def test_wrong_flags_are_refused_before_any_work(command, message, capsys):
 
 
 def test_flags_that_a_run_ignores_are_refused(run, capsys, tmp_path):
-    with pytest.raises(SystemExit, match=r'--exit-indices is for models .* is a run'):
+    with pytest.raises(SystemExit, match=r'--exit-indices has no meaning .* is a run'):
         cli.main(['benchmark', str(run), '--exit-indices', '1', '--device', 'cpu'])
     settings = dict(policy='confidence', thresholds=[.5] * 3, temperature=[1.] * 4)
     (tmp_path / 'x.json').write_text(json.dumps(dict(settings=settings)))

@@ -114,3 +114,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(train, caplog):
         path.write_bytes(b'nothing')
     with pytest.raises(SystemExit, match='none of the checkpoints'):
         train('--epochs', '3', '--resume', 'auto', experiment='damaged')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--pretrained'], r"Cannot make the model 'test_resnet': .*(cache holds no complete copy|no success)"),
+    (['--kd-model-name', 'test_vit'], r"--kd-model-name: .*(cache holds no complete copy|no success)"),
+    (['--output', '/dev/null/x'], r'--output: cannot make the folder of the run'),
+    (['--interpolation', 'foo'], r'Cannot make the validation loader: .*foo'),
+    (['--loss', 'bce', '--loss-class-weight', '1', '2'], r'takes one weight, or one for each of the 10 classes, not 2'),
+    (['--task', 'multilabel', '--smoothing', '0'], '--task multilabel: eed/digits has one label per image'),
+    (['--device-modules', 'no_such_module'], r"--device-modules: cannot import 'no_such_module'"),
+])
+def test_what_cannot_be_done_ends_with_a_sentence(train, flags, message, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(SystemExit, match=message):
+        train('--epochs', '1', *flags)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--crop-padding', '2', '--train-img-sizes', '32', '48'], '--crop-padding crops to one size'),
+    (['--mixup', '.2', '--train-img-sizes', '32', '48', '--train-batch-sizes', '16', '17'], 'must be even'),
+])
+def test_flags_that_do_not_go_together(train, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        train(*flags)
+    assert message in capsys.readouterr().err

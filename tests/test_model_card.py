@@ -120,9 +120,22 @@ def test_the_figure_shows_every_classifier(model, tmp_path):
         patch.setattr(Axes, 'annotate', lambda *args, **kwargs: (drawn.append(args[1:3]), annotate(*args, **kwargs)))
         rows = exit_results(model, METRICS)
         assert accuracy_figure(rows, tmp_path / 'x.png')
-    assert sorted(drawn) == sorted((row.exit, (row.gflops, row.top1)) for row in rows)
+    assert sorted(drawn) == sorted((row.exit, (row.gflops, row.scores['top1'])) for row in rows)
     assert len(np.unique(np.asarray(Image.open(tmp_path / 'x.png').convert('RGB')).reshape(-1, 3), axis=0)) > 10
     assert not accuracy_figure(exit_results(model, {'top1': 1.}), tmp_path / 'y.png')  # one point is no curve
+
+
+def test_multi_label_results_are_told(model, tmp_path):
+    pytest.importorskip('matplotlib')
+    metrics = {'loss': 1., 'map': 75.25, 'macro_f1': 60., 'micro_f1': 62., 'map_exit1': 50.5, 'macro_f1_exit1': 40.}
+    card = write_model_card(tmp_path, model, 'me/tiny', metrics=metrics, results={'map_exit1': dict(mean=51.)})
+    data = ModelCard.load(tmp_path / 'README.md').data
+    found = {(r.metric_type, r.metric_name): r.metric_value for r in data.eval_results}
+    assert found == {
+        ('mean_average_precision', 'mAP, exit1'): 50.5, ('f1', 'macro F1, exit1'): 40.,
+        ('mean_average_precision', 'mAP, main'): 75.25, ('f1', 'macro F1, main'): 60.}
+    assert '| mAP | macro F1 | mAP over runs |' in card.text and '| 50.50 % | 40.00 % | 51.00 % (n = 1) |' in card.text
+    assert data.metrics == ['f1', 'mean_average_precision'] and (tmp_path / FIGURE).exists()
 
 
 def test_without_matplotlib_there_is_a_note_and_no_figure(model, tmp_path, monkeypatch, caplog):

@@ -146,6 +146,7 @@ def test_metrics_of_other_weights_are_not_claimed(hub, train, config, tmp_path, 
 
 @pytest.mark.parametrize('content, message', [
     ('card: [license]', "the section 'card' must be a mapping"), ('card: {licence: mit}', "unknown key 'licence'"),
+    ('results: {main: 75.}', "results: 'main' is no metric; choose top1"),
     ('results: {top1: high}', 'results: top1 must be a number'), ('results: {top1: {std: 1}}', 'must be a number'),
     ('- 1', 'must be a mapping'), ('{', 'cannot read')])
 def test_sections_are_checked_before_anything_runs(tmp_path, content, message):

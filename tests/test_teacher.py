@@ -17,6 +17,21 @@ def parts():
     return teacher, model, torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 4])
 
 
+def test_a_teacher_of_other_classes_is_refused(parts, tmp_path):
+    _, model, x, y = parts
+    for classes in (7, 5):
+        teacher = timm.create_model('test_resnet', num_classes=classes)
+        timm.models.save_for_hf(teacher, tmp_path / str(classes), model_config={}, safe_serialization=True)
+    with pytest.raises(ValueError, match='has 7 classes, the model 5'):
+        MultiExitDistillationTask(model, f'local-dir:{tmp_path / "7"}', verbose=False)
+    task = MultiExitDistillationTask(model, f'local-dir:{tmp_path / "5"}', verbose=False, dtype=torch.bfloat16)
+    model.to(torch.bfloat16)
+    assert task.teacher.model.fc.weight.dtype == torch.bfloat16
+    assert all(torch.equal(v, task.teacher.model.state_dict()[k])
+               for k, v in teacher.to(torch.bfloat16).state_dict().items())
+    assert task(x.bfloat16(), y)['loss'].isfinite()
+
+
 @pytest.mark.parametrize('weights, expected', [
     ({}, (1., 1.)), (dict(distill_loss_weight=.3), (1., .3)), (dict(task_loss_weight=.6), (.6, .4)),
     (dict(task_loss_weight=.6, distill_loss_weight=2.), (.6, 2.))])

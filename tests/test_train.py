@@ -199,7 +199,7 @@ def test_digits_have_two_splits(tmp_path, capsys):
     assert sizes == dict(train=1442, validation=355, val=355)
     with pytest.raises(SystemExit, match="has the splits train and validation, not 'holdout'"):
         cli.main(['validate', str(tmp_path / 'run'), '--split', 'holdout', '--device', 'cpu', '-j', '0'])
-    with pytest.raises(SystemExit, match="--train-split: torch/cifar10 has the splits train and validation, not 'tset'"):
+    with pytest.raises(SystemExit, match=r"--train-split: torch/cifar10 has the splits .* not 'tset'"):
         train_eed.main([*flags, '--dataset', 'torch/cifar10', '--train-split', 'tset'])
 
 
@@ -290,7 +290,7 @@ def test_classes_that_disagree(train, capsys, image_folder):
     assert 'pass --num-classes 3' in fails(train, capsys, '--num-classes', '2')
     shutil.rmtree(image_folder / 'val/class1')
     message = fails(train, capsys)
-    assert 'train and validation disagree about the classes: 3 in train, 2 in validation (only in train: class1' in message
+    assert 'train and validation disagree about the classes: 3 in train, 2 in validation (only in' in message
 
 
 def test_batch_larger_than_the_data(train, capsys):

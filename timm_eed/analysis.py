@@ -3,7 +3,7 @@
 Figure numbers are those of 'Exit-Ensemble Distillation'. Everything here computes; `timm_eed.figures` draws.
 Shapes: N images, K classes, D feature width, k classifiers (shallow to deep, the last is the main network).
 """
-from typing import Any, Dict, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from timm.task import MultiLabelClassificationEvaluator
@@ -13,9 +13,13 @@ from .losses import ensemble_mean
 from .multi_exit import MultiExitWrapper, classifier_names
 
 __all__ = [
-    'Predictions', 'accuracy', 'calibration_error', 'class_contrast', 'collect', 'dissimilarity',
-    'right_wrong_counts', 'score', 'score_classifiers', 'subset_logits',
+    'METRIC_TITLES', 'Predictions', 'accuracy', 'calibration_error', 'class_contrast', 'collect', 'dissimilarity',
+    'right_wrong_counts', 'score', 'score_classifiers', 'shown_metrics', 'subset_logits',
 ]
+
+# what people call the metrics, those of single-label and of multi-label evaluation
+METRIC_TITLES = {
+    'top1': 'top-1', 'top5': 'top-5', 'ece': 'ECE', 'map': 'mAP', 'macro_f1': 'macro F1', 'micro_f1': 'micro F1'}
 
 
 class Predictions(NamedTuple):
@@ -115,6 +119,11 @@ def score_classifiers(logits: torch.Tensor, targets: torch.Tensor) -> Dict[str, 
     if len(logits) > 1:
         metrics['ensemble'] = score(subset_logits(logits), targets)
     return metrics
+
+
+def shown_metrics(metrics: Mapping[str, float]) -> Tuple[str, str]:
+    """The two of a model's metrics that tables show: those of single-label or of multi-label evaluation."""
+    return ('map', 'macro_f1') if 'map' in metrics else ('top1', 'top5')
 
 
 def right_wrong_counts(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,10 @@ class TradeOff(NamedTuple):
     """What one way to answer images costs and gives.
 
     name: exit1, .., main (all images answered there), ensemble (of all), or early exit (any number of rows).
-    top1: Accuracy (%). costs: By what the axis says, as in {'GFLOPs per image': 1.2}.
+    accuracy: Top-1 or another metric (%). costs: By what the axis says, as in {'GFLOPs per image': 1.2}.
     """
     name: str
-    top1: float
+    accuracy: float
     costs: Dict[str, float]
 
 
@@ -121,20 +121,25 @@ def _kind_of(name: str) -> str:
     return name if name in ('early exit', 'ensemble') else 'one exit for all images'
 
 
-def trade_off_figure(rows: Sequence[TradeOff]) -> Any:
-    """Accuracy against cost, a panel per kind of cost: one exit for all images, the ensemble, early exit."""
+def trade_off_figure(rows: Sequence[TradeOff], metric: str = 'top-1') -> Any:
+    """Accuracy against cost, a panel per kind of cost: one exit for all images, the ensemble, early exit.
+
+    Args:
+        rows: What to draw.
+        metric: What its accuracy is called.
+    """
     kinds = list(rows[0].costs)
     figure, axes = _figure(1, len(kinds), 5., 3.4)
     for panel, kind in zip(axes[0], kinds):
         for label, style in (('early exit', '.-C1'), ('ensemble', 'sC2'), ('one exit for all images', 'o--C0')):
             points = sorted((row for row in rows if _kind_of(row.name) == label), key=lambda row: row.costs[kind])
             if points:
-                panel.plot([row.costs[kind] for row in points], [row.top1 for row in points], style, label=label)
+                panel.plot([row.costs[kind] for row in points], [row.accuracy for row in points], style, label=label)
             for row in points if label != 'early exit' else ():
-                panel.annotate(row.name, (row.costs[kind], row.top1), xytext=(4, -11), textcoords='offset points',
+                panel.annotate(row.name, (row.costs[kind], row.accuracy), xytext=(4, -11), textcoords='offset points',
                                fontsize=8)
         panel.set_xlabel(kind, fontsize=9)
-        panel.set_ylabel('top-1 (%)', fontsize=9)
+        panel.set_ylabel(f'{metric} (%)', fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=.3)
         panel.margins(.12)

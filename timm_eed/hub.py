@@ -25,7 +25,7 @@ from .hub_errors import Token, check_token, retrying
 from .multi_exit import MultiExitWrapper, wrap
 from .pretrained import EXITS_CONFIG, FILES, MAIN, StaleExitsError, has_exits, load_backbone, load_multi_exit
 
-__all__ = ['from_pretrained', 'load_source', 'push_folder', 'push_to_hub']
+__all__ = ['check_repo_id', 'from_pretrained', 'load_source', 'push_folder', 'push_to_hub']
 
 _logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class _Source:
         if at and revision:
             raise ValueError(f"'{name}' names a revision and revision={revision!r} another one; say one of them.")
         self.revision = revision or at or None
-        _check_repo_id(self.repo_id)
+        check_repo_id(self.repo_id)
         check_token(token)
         self.offline = local_files_only or constants.HF_HUB_OFFLINE
         self.folder = Path(retrying(lambda: snapshot_download(
@@ -206,7 +206,7 @@ def push_to_hub(
     from .model_card import write_model_card  # draws on profiling and more, which loading does without
     if not isinstance(model, MultiExitWrapper):
         raise ValueError(f'{type(model).__name__} has no exits; timm.models.push_to_hf_hub publishes plain models.')
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     with TemporaryDirectory() as folder:
         text = card if isinstance(card, (str, ModelCard)) else None
         model.save_pretrained(folder, metrics=metrics, data_config=data_config, model_config=model_config, card=text)
@@ -231,7 +231,7 @@ def push_folder(
 ) -> CommitInfo:
     """Publish a folder that `save_pretrained` wrote, with all files in it; see `push_to_hub`."""
     check_token(token)
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     root = Path(folder)
     api = HfApi(token=token, **_library())
     retrying(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
@@ -254,13 +254,16 @@ def push_folder(
 def _operations(root: Path, present: List[str], overwrite_card: bool) -> List[Any]:
     files = [path.relative_to(root).as_posix() for path in sorted(root.rglob('*')) if path.is_file()]
     if 'README.md' in present and not overwrite_card:
+        _logger.warning('The repo keeps its model card, which may tell of older weights (overwrite_card=True, '
+                        '--overwrite-card: replace it).')
         files = [name for name in files if name != 'README.md']
     stale = [name for name in present if '/' not in name and name.endswith(_PICKLES) and name not in files]
     return [CommitOperationAdd(name, str(root / name)) for name in files] + [
         CommitOperationDelete(name) for name in stale]
 
 
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
+    """Raise a ValueError if a name is not of the form user/name."""
     if repo_id.count('/') != 1:
         raise ValueError(f"'{repo_id}' is neither a folder nor a repo of the form 'user/name'.")
     validate_repo_id(repo_id)

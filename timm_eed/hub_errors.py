@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ['Token', 'check_token', 'explained', 'retrying']
+__all__ = ['Token', 'check_token', 'explained', 'retrying', 'why_not_loaded']
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +87,13 @@ def explained(error: Exception, repo_id: str, revision: Optional[str] = None) ->
     if isinstance(error, (HTTPError, OSError, RuntimeError, json.JSONDecodeError)):
         return ConnectionError(f"no success with '{repo_id}' on the Hub: {_reason(error)}; try again later.")
     return error
+
+
+def why_not_loaded(error: Exception, name: str) -> str:
+    """A sentence on what kept timm from making a model with pretrained weights."""
+    if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, EntryNotFoundError, HTTPError)):
+        return str(explained(error, name))
+    return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0][:300]}'
 
 
 def _is_transient(error: BaseException) -> bool:

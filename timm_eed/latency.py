@@ -1,4 +1,5 @@
 """Time of every exit, of the main network and of early exit, on the same images, taken in turns."""
+import math
 import operator
 import random
 import statistics
@@ -61,7 +62,7 @@ def time_exits(
     for name, cost in zip(functions, flops):
         per_batch = sorted(1e3 * seconds for each in times[name] for seconds in each)
         rows.append(Timing(
-            name, statistics.median(per_batch), per_batch[int(.95 * (len(per_batch) - 1))],
+            name, statistics.median(per_batch), per_batch[math.ceil(.95 * len(per_batch)) - 1],
             images / statistics.median(totals[name]),
             statistics.median(a / b for a, b in zip(totals[name], totals['main'])), cost / trunk[-1]))
     return rows

@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 
+from .analysis import METRIC_TITLES, shown_metrics
 from .figures import TradeOff, trade_off_figure
 from .multi_exit import MultiExitWrapper
 from .profiling import profile_with_ensemble
@@ -17,6 +18,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 FIGURE = 'eed/accuracy.png'
+_METRIC_TYPES = {'top1': 'accuracy', 'top5': 'accuracy', 'map': 'mean_average_precision', 'macro_f1': 'f1'}  # the Hub's
 TIMM_CITATION = """@misc{rw2019timm,
   author = {Ross Wightman},
   title = {PyTorch Image Models},
@@ -32,13 +34,12 @@ class ExitResult(NamedTuple):
     """Cost and accuracy of one classifier.
 
     exit: exit1, .., main, ensemble. gflops, params: as in `timm_eed.profile`; the ensemble costs all of them.
-    top1, top5: accuracy in percent, None where it was not measured.
+    scores: The two metrics that are shown (%), by name (top1 and top5, or map and macro_f1), None where not measured.
     """
     exit: str
     gflops: float
     params: int
-    top1: Optional[float]
-    top5: Optional[float]
+    scores: Dict[str, Optional[float]]
 
 
 def exit_results(
@@ -50,14 +51,15 @@ def exit_results(
 
     Args:
         model: A multi-exit model.
-        metrics: Accuracies in percent, named as `MultiExitEvaluator` names them: `top1`, `top1_exit1`, ..
+        metrics: Percentages, named as the evaluators name them: `top1`, `top1_exit1`, .., or `map`, `map_exit1`, ..
         input_size: Image size (C, H, W) that costs are counted for; the model's own when None.
     """
     metrics = metrics or {}
     rows = []
     for name, _, gflops, params in profile_with_ensemble(model, input_size):
         suffix = '' if name == 'main' else f'_{name}'
-        rows.append(ExitResult(name, gflops, params, metrics.get(f'top1{suffix}'), metrics.get(f'top5{suffix}')))
+        scores = {metric: metrics.get(f'{metric}{suffix}') for metric in shown_metrics(metrics)}
+        rows.append(ExitResult(name, gflops, params, scores))
     return rows
 
 
@@ -68,11 +70,13 @@ def accuracy_figure(rows: Sequence[ExitResult], path: Union[str, Path, BinaryIO]
         rows: Results as `exit_results` gives them.
         path: The file, by name or open.
     """
-    measured = [TradeOff(row.exit, row.top1, {'GFLOPs per image': row.gflops}) for row in rows if row.top1 is not None]
+    metric = next(iter(rows[0].scores))
+    measured = [TradeOff(row.exit, accuracy, {'GFLOPs per image': row.gflops}) for row in rows
+                if (accuracy := row.scores[metric]) is not None]
     if len(measured) < 2:
         return False
     try:
-        figure = trade_off_figure(measured)
+        figure = trade_off_figure(measured, METRIC_TITLES[metric])
     except ValueError as error:
         _logger.warning(f'No figure for the model card: {error}')
         return False
@@ -139,7 +143,7 @@ def make_model_card(
         license_link=license_link,
         datasets=ids or None,
         base_model=base_model,  # type: ignore[arg-type]
-        metrics=['accuracy'],
+        metrics=sorted({_METRIC_TYPES[metric] for metric in rows[0].scores}),
         eval_results=_eval_results(rows, dataset, ids[0] if ids else dataset, dataset_split) or None,
     )
     architecture = model.pretrained_cfg['architecture']
@@ -150,7 +154,7 @@ def make_model_card(
         'as an ordinary model; the exits are extra files, which timm never fetches.',
         '## Classifiers',
         _table(model, rows, results),
-        f'Accuracy on {dataset} ({dataset_split}); cost per image of '
+        f'Measured on {dataset} ({dataset_split}); cost per image of '
         f"{'x'.join(map(str, size)) if size else 'the default size'}, GFLOPs counting 2 per multiply-add."
         if metrics else '',
         f'![Accuracy against GFLOPs]({figure})' if figure else '',
@@ -204,12 +208,12 @@ def _eval_results(rows: Sequence[ExitResult], dataset: str, dataset_id: str, spl
             dataset_type=dataset_id,
             dataset_name=dataset,
             dataset_split=split,
-            metric_type='accuracy',
-            metric_name=f'{label} accuracy, {row.exit}',
+            metric_type=_METRIC_TYPES[metric],
+            metric_name=f'{METRIC_TITLES[metric]}{" accuracy" * metric.startswith("top")}, {row.exit}',
             metric_value=round(value, 4),
             metric_args={'exit': row.exit},
         )
-        for row in rows for label, value in (('top-1', row.top1), ('top-5', row.top5)) if value is not None
+        for row in rows for metric, value in row.scores.items() if value is not None
     ]
 
 
@@ -220,17 +224,18 @@ def _table(
 ) -> str:
     modules = {f'exit{i}': info.module for i, info in enumerate(model.exit_info(), start=1)}
     main = next(row.gflops for row in rows if row.exit == 'main')
-    head = ['classifier', 'behind', 'GFLOPs', 'share', 'parameters', 'top-1', 'top-5']
+    first, second = rows[0].scores
+    head = ['classifier', 'behind', 'GFLOPs', 'share', 'parameters', METRIC_TITLES[first], METRIC_TITLES[second]]
     lines = []
     for row in rows:
         cells = [row.exit, f'`{modules[row.exit]}`' if row.exit in modules else '', f'{row.gflops:.4g}',
-                 f'{100 * row.gflops / main:.1f} %', f'{row.params / 1e6:.2f} M', _percent(row.top1),
-                 _percent(row.top5)]
+                 f'{100 * row.gflops / main:.1f} %', f'{row.params / 1e6:.2f} M',
+                 *map(_percent, row.scores.values())]
         if results:
-            cells.append(_spread(results.get('top1' if row.exit == 'main' else f'top1_{row.exit}')))
+            cells.append(_spread(results.get(first if row.exit == 'main' else f'{first}_{row.exit}')))
         lines.append(cells)
     if results:
-        head.append('top-1 over runs')
+        head.append(f'{METRIC_TITLES[first]} over runs')
     return '\n'.join(f"| {' | '.join(cells)} |" for cells in [head, ['---'] * len(head), *lines])
 
 

@@ -1,16 +1,45 @@
 """An external teacher beside the exits: a pretrained network whose logits every classifier learns from."""
 from typing import Any, Dict, List, Optional, Sequence, Union
 
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import DistillationTeacher
 
+from .exits import TimmModel
 from .losses import ExitEnsembleDistillationLoss, distillation_kl
 from .multi_exit import MultiExitWrapper
 from .task import MultiExitTask
 
-__all__ = ['MultiExitDistillationTask']
+__all__ = ['MultiExitDistillationTask', 'load_teacher']
+
+
+def load_teacher(
+        name: str,
+        model: TimmModel,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+) -> DistillationTeacher:
+    """A pretrained timm model as the teacher of another one, with its own classifier.
+
+    timm's `DistillationTeacher` would give a teacher of other classes a fresh classifier, which teaches noise.
+
+    Args:
+        name: A timm model's name.
+        model: The student.
+        device: Device of the teacher.
+        dtype: Its dtype.
+
+    Raises:
+        ValueError: If the teacher has another number of classes than the student.
+    """
+    teacher: TimmModel = timm.create_model(name, pretrained=True, in_chans=model.in_chans, device=device, dtype=dtype)
+    if teacher.num_classes != model.num_classes:
+        raise ValueError(
+            f"The teacher '{name}' has {teacher.num_classes} classes, the model {model.num_classes}: it knows nothing "
+            'about them. Choose one that was trained on these classes.')
+    return DistillationTeacher(teacher, device=device, dtype=dtype)
 
 
 class MultiExitDistillationTask(MultiExitTask):
@@ -22,7 +51,7 @@ class MultiExitDistillationTask(MultiExitTask):
 
     Args:
         model: A multi-exit model.
-        teacher: A timm model's name (its pretrained weights are loaded), a model, or timm's `DistillationTeacher`.
+        teacher: A timm model's name (see `load_teacher`), a model, or timm's `DistillationTeacher`.
         criterion: The loss over the exits.
         distill_loss_weight: Weight of the teacher.
         task_loss_weight: Weight of the criterion.
@@ -49,9 +78,10 @@ class MultiExitDistillationTask(MultiExitTask):
             verbose: bool = True,
     ):
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
-        if not isinstance(teacher, DistillationTeacher):
-            teacher = DistillationTeacher(
-                teacher, num_classes=model.num_classes, in_chans=model.in_chans, device=self.device, dtype=self.dtype)
+        if isinstance(teacher, str):
+            teacher = load_teacher(teacher, model, self.device, self.dtype)
+        elif not isinstance(teacher, DistillationTeacher):
+            teacher = DistillationTeacher(teacher, device=self.device, dtype=self.dtype)
         self.teacher: Any = teacher.requires_grad_(False).eval()
         if distill_loss_weight is None:
             distill_loss_weight = 1. if task_loss_weight is None else 1. - task_loss_weight

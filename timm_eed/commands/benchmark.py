@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument('--settings', metavar='FILE', help='thresholds from `timm-eed calibrate --json FILE`')
     parser.add_argument('--thresholds', type=float, nargs='+', metavar='T',
                         help='one per exit, or one for all (inf: off); default 0.9, or those that came with the model')
-    parser.add_argument('--policy', default='confidence', choices=POLICIES, help='what --thresholds are compared with')
+    parser.add_argument('--policy', choices=POLICIES, help='what --thresholds are compared with (default: confidence)')
     parser.add_argument('--images', type=positive, default=64, metavar='N', help='how many images are timed')
     parser.add_argument('--rounds', type=positive, default=20, metavar='N', help='how often all are timed')
     parser.add_argument('--threads', type=positive, metavar='N', help="threads of PyTorch; its own number if not given")
@@ -56,6 +56,8 @@ def _run(args: argparse.Namespace) -> None:
     if not isinstance(inputs.model, MultiExitWrapper):
         raise ValueError(f"'{args.model}' has no exits, nothing can leave it early.")
     early = EarlyExit(inputs.model, **_settings(args, inputs.model))
+    if args.split and not _has_data(args):
+        raise ValueError('--split is one of DATA, which is not named; images are random without it.')
     batches = _batches(args, inputs)
     rows = time_exits(early, batches, args.rounds, clock=CLOCKS[args.clock])
     images, way = sum(len(x) for x in batches), early.prepare(batches[0]).name
@@ -82,14 +84,16 @@ def table(rows: List[Timing]) -> List[str]:
 
 
 def _settings(args: argparse.Namespace, model: MultiExitWrapper) -> Dict[str, Any]:
-    if args.settings and args.thresholds:
-        raise ValueError('give --settings or --thresholds, not both.')
+    if args.settings and (args.thresholds or args.policy):
+        raise ValueError('--settings FILE has thresholds and policy; drop --thresholds and --policy.')
     if args.settings:
         return dict(check_early_exit_config(load_settings(args.settings), model.num_exits) or {})
     if args.thresholds:
         thresholds = args.thresholds * len(model.exits) if len(args.thresholds) == 1 else args.thresholds
-        return dict(thresholds=thresholds, policy=args.policy)
-    return model.early_exit_config or dict(policy=args.policy, thresholds=2 if args.policy == 'patience' else .9)
+        return dict(thresholds=thresholds, policy=args.policy or 'confidence')
+    if model.early_exit_config and not args.policy:
+        return model.early_exit_config
+    return dict(policy=args.policy or 'confidence', thresholds=2 if args.policy == 'patience' else .9)
 
 
 def _has_data(args: argparse.Namespace) -> bool:

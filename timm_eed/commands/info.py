@@ -4,8 +4,10 @@ from typing import Any, List, Tuple
 
 import timm
 import torch
+from huggingface_hub.errors import HTTPError
 
 from ..exits import TimmModel
+from ..hub_errors import why_not_loaded
 from ..multi_exit import MultiExitWrapper, check_model_name, wrap
 from ..probe import input_size
 from ..profiling import profile
@@ -49,7 +51,10 @@ def _model_without_weights(name: str, args: argparse.Namespace) -> Tuple[MultiEx
     """A multi-exit model on the meta device, and its input size [C, H, W]."""
     kwargs = {} if args.num_classes is None else dict(num_classes=args.num_classes)
     with torch.device('meta'):
-        backbone: TimmModel = timm.create_model(name, **kwargs)
+        try:
+            backbone: TimmModel = timm.create_model(name, **kwargs)
+        except (HTTPError, OSError) as error:
+            raise ValueError(f"cannot make '{name}': {why_not_loaded(error, name)}") from error
         if args.img_size and backbone.pretrained_cfg.get('fixed_input_size'):
             backbone = timm.create_model(name, img_size=args.img_size, **kwargs)
     channels, height, width = input_size(backbone)

@@ -6,9 +6,11 @@ from typing import Any, Dict, NamedTuple
 
 import timm
 import torch
+from huggingface_hub.errors import HTTPError
 from timm.data import resolve_data_config
 
 from ..exits import TimmModel
+from ..hub_errors import why_not_loaded
 from ..multi_exit import check_model_name, create_model, wrap
 from ..training.data import create_evaluation_loader
 from ..training.flags import add_exit_arguments, build_parser
@@ -73,6 +75,7 @@ def load_model(args: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: If there is no such run, checkpoint or model, or a flag has no meaning for it.
     """
+    _check_device(args.device)
     saved = os.path.isfile(os.path.join(args.model, 'eed', 'config.json'))
     if os.path.exists(args.model) and not saved:
         _refuse(args, 'a run', 'exit_indices', 'exit_type', 'exit_kwargs', 'pretrained', 'num_classes')
@@ -90,7 +93,7 @@ def load_model(args: argparse.Namespace) -> Inputs:
 def _load_by_name(args: argparse.Namespace, name: str) -> Inputs:
     kwargs: Dict[str, Any] = {} if args.num_classes is None else dict(num_classes=args.num_classes)
     if ':' in name:
-        _refuse(args, 'a saved model', 'exit_kwargs')
+        _refuse(args, 'a saved model', 'exit_kwargs', 'pretrained', 'checkpoint', 'no_ema')
         try:
             model = create_model(name, True, args.exit_indices, args.exit_type, **kwargs)
         except ConnectionError as error:
@@ -98,7 +101,11 @@ def _load_by_name(args: argparse.Namespace, name: str) -> Inputs:
         title = name.partition(':')[2]
     else:
         check_model_name(name)
-        backbone = timm.create_model(name, pretrained=args.pretrained, **kwargs)
+        _refuse(args, 'a timm model', 'checkpoint', 'no_ema')
+        try:
+            backbone = timm.create_model(name, pretrained=args.pretrained, **kwargs)
+        except (HTTPError, OSError, RuntimeError) as error:
+            raise ValueError(f"cannot make '{name}': {why_not_loaded(error, name)}") from error
         model = wrap(backbone, args.exit_indices, args.exit_type, **args.exit_kwargs)
         title = f"{name} ({'pretrained, exits untrained' if args.pretrained else 'untrained'})"
     flags = build_parser().parse_args([])
@@ -111,7 +118,14 @@ def _refuse(args: argparse.Namespace, kind: str, *names: str) -> None:
     add_model_arguments(parser)
     for name in names:
         if vars(args).get(name, parser.get_default(name)) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} is for models by timm's name, '{args.model}' is {kind}.")
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for '{args.model}', which is {kind}.")
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use --device '{name}': {str(error).splitlines()[0]}") from error
 
 
 def load_settings(path: str) -> Dict[str, Any]:

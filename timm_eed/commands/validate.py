@@ -3,7 +3,7 @@ import argparse
 import json
 from typing import Any, Dict, List, Sequence
 
-from ..analysis import collect, score, score_classifiers, subset_logits
+from ..analysis import METRIC_TITLES, collect, score, score_classifiers, subset_logits
 from ..losses import ExitEnsembleDistillationLoss
 from ..training.arguments import parse_teacher
 from .inputs import add_data_arguments, add_model_arguments, file_to_write, load_data, load_model
@@ -56,14 +56,11 @@ def _run(args: argparse.Namespace) -> None:
             json.dump(dict(model=args.model, images=images, metrics=metrics), file, indent=2)
 
 
-_TITLES = {'top1': 'top-1', 'top5': 'top-5', 'ece': 'ECE', 'map': 'mAP', 'macro_f1': 'macro F1', 'micro_f1': 'micro F1'}
-
-
 def table(metrics: Dict[str, Dict[str, float]]) -> str:
     """Metrics as aligned text, a row per classifier."""
     width = max(8, *map(len, metrics))
     percents = [key for key in next(iter(metrics.values())) if key != 'loss']
-    lines = ['  '.join([f"{'exit':<{width}}", *(f'{_TITLES[key]:>8}' for key in percents), f"{'loss':>8}"])]
+    lines = ['  '.join([f"{'exit':<{width}}", *(f'{METRIC_TITLES[key]:>8}' for key in percents), f"{'loss':>8}"])]
     lines += ['  '.join([f'{name:<{width}}', *(f'{row[key]:6.2f} %' for key in percents), f"{row['loss']:8.4f}"])
               for name, row in metrics.items()]
     return '\n'.join(lines)

@@ -90,6 +90,11 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.loss == 'db':
         parser.error("--loss db needs counts of the classes, which no flag gives; use timm's "
                      'DistributionBalancedLoss in a loop of your own.')
+    if args.train_img_sizes and args.crop_padding is not None:
+        parser.error('--crop-padding crops to one size; drop it or --train-img-sizes.')
+    if any(size % 2 for size in args.train_batch_sizes or []) and (
+            args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+        parser.error('Mixup pairs images, so all of --train-batch-sizes must be even.')
     if not args.train_img_sizes and (args.train_batch_sizes or args.train_size_probs):
         parser.error('--train-batch-sizes and --train-size-probs go with --train-img-sizes.')
     if args.stop_epoch is not None and not 1 <= args.stop_epoch <= args.epochs:

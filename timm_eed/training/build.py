@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import timm
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import HTTPError
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.loss import create_classification_loss
 from timm.models import resolve_model_input_args
@@ -26,10 +27,11 @@ from timm.task import (
 from timm.utils import NativeScaler, init_distributed_device, random_seed, set_jit_fuser
 
 from ..exits import TimmModel
+from ..hub_errors import why_not_loaded
 from ..losses import create_multi_exit_loss
 from ..multi_exit import MultiExitWrapper, check_model_name, classifier_layers, wrap
 from ..task import MultiExitTask
-from ..teacher import MultiExitDistillationTask
+from ..teacher import MultiExitDistillationTask, load_teacher
 from .arguments import loss_kwargs
 from .checkpoint import load_initial_checkpoint
 from .errors import TrainingError
@@ -46,7 +48,10 @@ def setup_device(args: argparse.Namespace) -> torch.device:
     On the CPU, compute leaves cores to the loader's processes (at most half); OMP_NUM_THREADS decides otherwise.
     """
     for module in args.device_modules or []:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise TrainingError(f"--device-modules: cannot import '{module}': {error}") from error
     if args.fuser:
         set_jit_fuser(args.fuser)
     if args.device.startswith('cuda') and not torch.cuda.is_available():
@@ -135,6 +140,8 @@ def make_model(args: argparse.Namespace) -> TimmModel:
         model: TimmModel = timm.create_model(pretrained=args.pretrained, **_model_kwargs(args))
         return model if args.eed_method == 'none' else wrap(
             model, args.exit_indices, args.exit_type, **args.exit_kwargs)
+    except (HTTPError, OSError) as error:
+        raise TrainingError(f"Cannot make the model '{args.model}': {why_not_loaded(error, args.model)}") from error
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise TrainingError(f"Cannot make the model '{args.model}': {error}") from error
 
@@ -186,16 +193,23 @@ def build_task(
     Raises:
         TrainingError: If the loss or the teacher does not fit the flags or the model.
     """
-    common: Dict[str, Any] = dict(device=device, verbose=args.primary)
+    common: Dict[str, Any] = dict(device=device, dtype=args.img_dtype, verbose=args.primary)
+    weights = args.loss_class_weight
+    if weights and len(weights) not in (1, model.num_classes):
+        raise TrainingError(f'--loss-class-weight takes one weight, or one for each of the {model.num_classes} '
+                            f'classes, not {len(weights)}.')
     try:
         if not isinstance(model, MultiExitWrapper):
             return _plain_task(args, model, common)
         loss = create_multi_exit_loss(**loss_kwargs(args), **_criterion_kwargs(args))
         if args.kd_model_name:
+            teacher = load_teacher(args.kd_model_name, model, device, args.img_dtype)
             return MultiExitDistillationTask(
-                model, args.kd_model_name, loss, args.distill_loss_weight, args.task_loss_weight, args.kd_temperature,
+                model, teacher, loss, args.distill_loss_weight, args.task_loss_weight, args.kd_temperature,
                 **{name: data_config[name] for name in ('mean', 'std') if data_config}, **common)
         return MultiExitTask(model, loss, threshold=args.multilabel_threshold, **common)
+    except (HTTPError, OSError) as error:
+        raise TrainingError(f'--kd-model-name: {why_not_loaded(error, args.kd_model_name)}') from error
     except (ValueError, RuntimeError) as error:
         raise TrainingError(str(error)) from error
 
@@ -237,12 +251,13 @@ def _plain_task(args: argparse.Namespace, model: nn.Module, common: Dict[str, An
         return FeatureDistillationTask(
             model, args.kd_model_name, student_feature_dim=args.kd_student_feature_dim,
             teacher_feature_dim=args.kd_teacher_feature_dim, **weights, **common)
+    teacher = load_teacher(args.kd_model_name, model, common['device'], common['dtype'])
     if args.kd_distill_type == 'token':
         return TokenDistillationTask(
-            model, args.kd_model_name, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature,
+            model, teacher, distill_type=args.kd_token_distill_type, temperature=args.kd_temperature,
             **weights, **common)
     return LogitDistillationTask(
-        model, args.kd_model_name, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **weights, **common)
+        model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **weights, **common)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

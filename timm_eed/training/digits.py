@@ -24,7 +24,6 @@ class Digits(torch.utils.data.Dataset):
 
     def __init__(self, train: bool = True, transform: Optional[Callable] = None, input_img_mode: str = 'L'):
         self.transform = transform
-        self.target_transform: Optional[Callable] = None
         self.input_img_mode = input_img_mode
         with files(__package__).joinpath('digits.png').open('rb') as file:
             sheet = np.asarray(Image.open(file))
@@ -36,8 +35,7 @@ class Digits(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
         tile, label = self.samples[index]
         image: Any = Image.fromarray(tile).convert(self.input_img_mode)
-        target = label if self.target_transform is None else self.target_transform(label)
-        return (self.transform(image) if self.transform is not None else image), target
+        return (self.transform(image) if self.transform is not None else image), label

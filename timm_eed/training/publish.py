@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Union
@@ -13,7 +14,7 @@ import timm
 import yaml
 from huggingface_hub import CommitInfo, ModelCard
 
-from ..hub import push_folder
+from ..hub import check_repo_id, push_folder
 from ..model_card import make_model_card, write_model_card
 from ..multi_exit import MultiExitWrapper
 from .config import apply_config
@@ -76,6 +77,8 @@ def read_sections(path: str) -> Sections:
 
 
 def _result(path: str, name: Any, value: Any) -> Dict[str, float]:
+    if not re.fullmatch(r'(top1|map)(_exit\d+|_ensemble)?', str(name)):
+        raise TrainingError(f"{path}: results: '{name}' is no metric; choose top1, top1_exit1, .., top1_ensemble.")
     value = value if isinstance(value, dict) else {'mean': value}
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value.values())
     if not numbers or 'mean' not in value or not set(value) <= {'mean', 'std', 'n'}:
@@ -128,8 +131,9 @@ def write_run(
         folder: The folder, made if it does not exist.
 
     Raises:
-        ValueError: If there is no such run, or it has no exits.
+        ValueError: If there is no such run, it has no exits, or the repo's name is none.
     """
+    check_repo_id(repo_id)
     run = load_run(run_path)
     if not isinstance(run.model, MultiExitWrapper):
         raise TrainingError(

@@ -2,17 +2,16 @@
 import csv
 import io
 import os
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import torch.nn as nn
 
+from ..analysis import METRIC_TITLES, shown_metrics
 from ..multi_exit import MultiExitWrapper
 from ..profiling import profile_with_ensemble
 from .saver import write_atomically
 
 __all__ = ['append_summary', 'closing_table', 'epoch_lines', 'format_rate', 'summary_row', 'trim_summary']
-
-_LABELS = {'top1': 'top-1', 'top5': 'top-5', 'map': 'mAP', 'macro_f1': 'F1'}
 
 
 def epoch_lines(
@@ -87,7 +86,7 @@ def format_rate(images_per_second: float) -> str:
 
 def accuracies(metrics: Dict[str, float]) -> List[tuple]:
     """Name and two metrics (top-1 and top-5, or mAP and macro F1) of each exit, main, ensemble, in that order."""
-    first, second = metric_names(metrics)
+    first, second = shown_metrics(metrics)
     suffixes = [name[len(first):] for name in metrics if name.startswith(f'{first}_exit')]
     suffixes += [suffix for suffix in ('', '_ensemble') if f'{first}{suffix}' in metrics]
     return [(suffix.lstrip('_') or 'main', metrics[f'{first}{suffix}'], metrics[f'{second}{suffix}'])
@@ -95,13 +94,8 @@ def accuracies(metrics: Dict[str, float]) -> List[tuple]:
 
 
 def _accuracy_lines(metrics: Dict[str, float]) -> List[str]:
-    first, second = (_LABELS[name] for name in metric_names(metrics))
+    first, second = (METRIC_TITLES[name] for name in shown_metrics(metrics))
     return [f'{name:<8}  {first} {a:6.2f} %  {second} {b:6.2f} %' for name, a, b in accuracies(metrics)]
-
-
-def metric_names(metrics: Dict[str, float]) -> Tuple[str, str]:
-    """The two metrics that are shown: those of single-label or of multi-label evaluation."""
-    return ('map', 'macro_f1') if 'map' in metrics else ('top1', 'top5')
 
 
 def closing_table(model: nn.Module, metrics: Dict[str, float], input_size: Optional[tuple] = None) -> str:
@@ -116,7 +110,7 @@ def closing_table(model: nn.Module, metrics: Dict[str, float], input_size: Optio
         return '\n'.join(_accuracy_lines(metrics))
     cost = {row.exit: row for row in profile_with_ensemble(model, input_size)}
     main = cost['main'].gflops
-    first, second = (_LABELS[name] for name in metric_names(metrics))
+    first, second = (METRIC_TITLES[name] for name in shown_metrics(metrics))
     lines = [f"{'exit':<8}  {'GFLOPs':>9}  {'share':>7}  {'params':>9}  {first:>8}  {second:>8}"]
     for name, top1, top5 in accuracies(metrics):
         _, _, gflops, params = cost[name]

@@ -193,6 +193,15 @@ def check_same_classes(first: str, names: Sequence[str], second: str, others: Se
 
 
 def encode_labels(args: argparse.Namespace, dataset: Optional[Any], num_classes: int) -> None:
-    """Multi-label targets become vectors [K] of 0 and 1."""
-    if dataset is not None and args.task == 'multilabel':
+    """Multi-label targets become vectors [K] of 0 and 1.
+
+    Raises:
+        TrainingError: If the data set has one label per image.
+    """
+    if args.task != 'multilabel':
+        return
+    if not args.dataset or args.dataset.lower() in _TWO_SPLITS:
+        raise TrainingError(f"--task multilabel: {args.dataset or 'a folder per class'} has one label per image; name "
+                            'a data set with several, as in --dataset wds/NAME or hfds/NAME.')
+    if dataset is not None:
         dataset.target_transform = MultiLabelTarget(num_classes, dense=args.target_format == 'multihot')
