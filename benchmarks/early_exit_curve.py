@@ -8,7 +8,6 @@ turns, CPU time relative to the main network's in the same round. Writes NAME.cs
 """
 import argparse
 import csv
-import itertools
 import os
 import statistics
 import time
@@ -62,15 +61,25 @@ def main() -> None:
 def ways(
         model: timm_eed.MultiExitWrapper, calibration: Calibration, points: int,
 ) -> List[Tuple[str, timm_eed.EarlyExit]]:
-    """Each classifier for all images, then points of the curve, evenly spread over its cost."""
+    """Each classifier for all images, points of the curve, evenly spread over its cost, what was saved with the model."""
     curve = calibration.curve
     low, high = curve[0].cost, curve[-1].cost
     wanted = [low + (high - low) * i / (points - 1) for i in range(points)]
     chosen = {min(curve, key=lambda point: abs(point.cost - cost)) for cost in wanted}
     named = list(zip(classifier_names(model.num_exits), calibration.classifiers))
     named += [('early exit', point) for point in sorted(chosen)]
-    return [(name, timm_eed.EarlyExit(model, **{**calibration.settings, 'thresholds': point.thresholds}))
-            for name, point in named]
+    found = [(name, timm_eed.EarlyExit(model, **{**calibration.settings, 'thresholds': point.thresholds}))
+             for name, point in named]
+    if model.early_exit_config:
+        found.append(('early exit, as saved', timm_eed.EarlyExit(model, **model.early_exit_config)))
+    return found
+
+
+def sample(batches: List[torch.Tensor], count: int) -> torch.Tensor:
+    """Images from all over the data, in random order: folders come class by class."""
+    step = max(1, sum(map(len, batches)) // count)
+    images = torch.cat(batches)[::step][:count]
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
 
 
 def measured(
@@ -80,8 +89,7 @@ def measured(
         args: argparse.Namespace,
 ) -> List[Dict[str, Any]]:
     """A row per way."""
-    images = torch.cat([x for x, _ in itertools.islice(batches, -(-args.timed_images // len(batches[0][0])))])
-    timed = list(images[:args.timed_images].split(args.timed_batch))
+    timed = list(sample([x for x, _ in batches], args.timed_images).split(args.timed_batch))
     functions: Dict[str, Way] = {'plain': model.backbone, **{str(i): early for i, (_, early) in enumerate(named)}}
     with torch.no_grad():
         times = by_round(measure(functions, timed, args.rounds, 1, time.thread_time))

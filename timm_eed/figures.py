@@ -118,7 +118,9 @@ def dissimilarity_figure(matrices: Dict[str, np.ndarray], contrasts: Dict[str, f
 
 
 def _kind_of(name: str) -> str:
-    return name if name in ('early exit', 'ensemble') else 'one exit for all images'
+    if name.startswith('early exit'):
+        return 'early exit'
+    return name if name == 'ensemble' else 'one exit for all images'
 
 
 def trade_off_figure(rows: Sequence[TradeOff], metric: str = 'top-1') -> Any:

@@ -55,7 +55,8 @@ def add_exit_arguments(add: Callable[..., Any]) -> None:
 def _exits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('Exits and exit-ensemble distillation').add_argument
     add('--eed-method', default='eed', choices=['eed', 'kd', 'ce', 'none'],
-        help='loss over the exits: eed (8), kd (4, main network as teacher), ce (2); none: no exits, plain timm')
+        help='loss over the exits, by equations of the paper: eed (8, the ensemble teaches), kd (4, the main network '
+             'teaches), ce (2, labels alone); none: no exits, plain timm')
     add('--eed-alpha', type=float, default=1., metavar='F', help='weight of the output distillation')
     add('--eed-beta', type=float, default=0., metavar='F', help='weight of the feature distillation')
     add('--eed-output-loss', default='kl', choices=['kl', 'mse'], help='output distillation loss')
