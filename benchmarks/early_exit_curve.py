@@ -61,7 +61,7 @@ def main() -> None:
 def ways(
         model: timm_eed.MultiExitWrapper, calibration: Calibration, points: int,
 ) -> List[Tuple[str, timm_eed.EarlyExit]]:
-    """Each classifier for all images, points spread evenly over the cost of the curve, what was saved with the model."""
+    """Each classifier for all images, points evenly spread over the curve, and what was saved with the model."""
     curve = calibration.curve
     low, high = curve[0].cost, curve[-1].cost
     wanted = [low + (high - low) * i / (points - 1) for i in range(points)]
