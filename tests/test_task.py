@@ -4,6 +4,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
@@ -152,3 +153,19 @@ def test_evaluator_takes_plain_logits_as_timms_does():
     assert evaluator.compute()['top1'] == 50.
     with pytest.raises(ValueError, match='logits of 3 classifiers, got 2'):
         evaluator.update([torch.eye(4)] * 2, torch.arange(4))
+
+
+def test_optimizers_see_through_the_trainable_module():
+    """Weight decay and layer-wise rates of `task.trainable_module` are those of the model itself."""
+    model = timm_eed.create_model('test_vit', num_classes=3)
+    task = MultiExitTask(model, verbose=False)
+
+    def groups(module):
+        names = {id(p): name.removeprefix('module.') for name, p in module.named_parameters()}
+        optimizer = create_optimizer_v2(module, 'sgd', lr=1., weight_decay=.1, layer_decay=.5)
+        return {names[id(p)]: (group['weight_decay'], group['lr_scale'])
+                for group in optimizer.param_groups for p in group['params']}
+
+    found = groups(task.trainable_module)
+    assert found == groups(model) and len({scale for _, scale in found.values()}) > 3
+    assert found['backbone.pos_embed'][0] == 0 and found['exits.0.fc.weight'] == (.1, 1.)
