@@ -25,7 +25,7 @@ RESULTS = ROOT / 'docs' / 'study'
 SEEDS = {
     'full_none': 3, 'full_ce': 3, 'full_eed_kl': 3,
     'small_none': 5, 'small_ce': 5, 'small_kd_kl': 5, 'small_eed_kl': 5, 'small_eed_mse': 5,
-    'small_kd_mse': 3, 'small_eed_mse_exit1_main': 3}
+    'small_eed_kl_exit1_main': 3}
 SMALL, VALIDATION = 500, 200  # images per class
 
 

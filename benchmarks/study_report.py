@@ -22,7 +22,7 @@ RESULTS = ROOT / 'docs' / 'study'
 SMALL = {'small_none': 'no exits', 'small_ce': 'exits, labels alone (2)', 'small_kd_kl': 'main network teaches, KL (4)',
          'small_eed_kl': 'EED, KL (8)', 'small_eed_mse': 'EED, MSE (8)'}
 FULL = {'full_none': 'no exits', 'full_ce': 'exits, labels alone (2)', 'full_eed_kl': 'EED, KL (8)'}
-TEACHERS = {'small_kd_mse': 'main', 'small_eed_mse_exit1_main': 'exit1 + main', 'small_eed_mse': 'all (ensemble)'}
+TEACHERS = {'small_kd_kl': 'main', 'small_eed_kl_exit1_main': 'exit1 + main', 'small_eed_kl': 'all (ensemble)'}
 PAIRS = [  # what is compared: first minus second
     ('small_eed_kl', 'small_ce'), ('small_eed_kl', 'small_none'), ('small_eed_mse', 'small_ce'),
     ('small_eed_mse', 'small_none'), ('small_ce', 'small_none'), ('small_kd_kl', 'small_none'),
@@ -166,7 +166,7 @@ def teacher_table(study: Study) -> str:
         own = [{seed: value for seed, value in study.test(config, name).items() if seed in common}
                for name in CLASSIFIERS]
         rows.append([label, str(len(common)), *map(mean_and_std, own)])
-    return _table(['teacher (MSE)', 'n', *CLASSIFIERS], rows)
+    return _table(['teacher (KL)', 'n', *CLASSIFIERS], rows)
 
 
 def readme_table(study: Study) -> str:
