@@ -22,6 +22,7 @@ from timm_eed.figures import TradeOff, trade_off_figure
 from timm_eed.latency import by_round, measure
 from timm_eed.multi_exit import classifier_names
 from timm_eed.profiling import early_exit_gflops, leaving_gflops
+from timm_eed.training.splits import spread_rows
 
 Way = Callable[[torch.Tensor], timm_eed.EarlyExitOutput]
 
@@ -75,13 +76,6 @@ def ways(
     return found
 
 
-def sample(batches: List[torch.Tensor], count: int) -> torch.Tensor:
-    """Images from all over the data, in random order: folders come class by class."""
-    step = max(1, sum(map(len, batches)) // count)
-    images = torch.cat(batches)[::step][:count]
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-
-
 def measured(
         model: timm_eed.MultiExitWrapper,
         named: List[Tuple[str, timm_eed.EarlyExit]],
@@ -89,7 +83,8 @@ def measured(
         args: argparse.Namespace,
 ) -> List[Dict[str, Any]]:
     """A row per way."""
-    timed = list(sample([x for x, _ in batches], args.timed_images).split(args.timed_batch))
+    images = torch.cat([x for x, _ in batches])
+    timed = list(images[spread_rows(len(images), args.timed_images)].split(args.timed_batch))
     functions: Dict[str, Way] = {'plain': model.backbone, **{str(i): early for i, (_, early) in enumerate(named)}}
     with torch.no_grad():
         times = by_round(measure(functions, timed, args.rounds, 1, time.thread_time))

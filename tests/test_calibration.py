@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_eed
-from timm_eed.calibration import Calibration, calibrate, calibrate_logits, fit_temperature
+from timm_eed.calibration import calibrate, calibrate_logits, fit_temperature
 from timm_eed.early_exit import EarlyExit
 from timm_eed.policies import POLICIES, ExitRule, Progress, choose_exits
 from timm_eed.profiling import early_exit_gflops
@@ -199,6 +199,18 @@ def test_refusals_name_the_fix():
         calibrate(model, [], max_accuracy_drop=.1)
     with pytest.raises(ValueError, match='needs one class index per image'):
         calibrate(model, [(torch.randn(2, 3, 64, 64), torch.zeros(2, 4))], max_accuracy_drop=.1)
+    x = torch.randn(2, 3, 64, 64)
+    for batch in (dict(x=x), (x, torch.zeros(2).long(), None)):
+        with pytest.raises(ValueError, match=r'must give batches \(images, labels\)'):
+            calibrate(model, [batch], max_accuracy_drop=.1)
+    with pytest.raises(ValueError, match=r'1 of 2 labels are none of the 4 classes 0\.\.3, the first of them is 9'):
+        calibrate(model, [(x, torch.tensor([0, 9]))], max_accuracy_drop=.1)
+    broken = logits[1].clone()
+    broken[3, 2] = float('nan')
+    with pytest.raises(ValueError, match=r'Classifier 1 .* 1 of 20 images logits that are not finite'):
+        calibrate_logits([logits[0], broken, *logits[2:]], targets, TRUNK, HEADS, max_accuracy_drop=.1)
+    with pytest.raises(ValueError, match='not finite'):
+        fit_temperature(broken, targets)
     with pytest.raises(ValueError, match='has no exits; make them with'):
         calibrate(model.backbone, [], max_accuracy_drop=.1)
     with pytest.raises(ValueError, match='risk_control bounds the accuracy drop'):
@@ -244,19 +256,21 @@ def test_guarantee_by_simulation(count, bound):
 def test_guarantee_of_the_whole_calibration():
     logits, targets = world(20_000, 7)
     main_right = logits[-1].argmax(1) == targets
-    drops, losses = [], []
+    drops, losses, costs = [], [], []
     generator = torch.Generator().manual_seed(8)
     for _ in range(25):
         rows = torch.randint(20_000, (240,), generator=generator)
         result = calibrate_logits(
             [z[rows] for z in logits], targets[rows], TRUNK, HEADS, max_accuracy_drop=.05, risk_control=True)
         assert result.guaranteed_drop == .05 and result.images == 120
+        costs.append(result.gflops / result.main_gflops)
         right = choose_exits(ExitRule(4, **result.settings), logits).logits.argmax(1) == targets
         losses.append((main_right & ~right).double().mean())
         drops.append(main_right.double().mean() - right.double().mean())
     mean, error = mean_and_error(losses)
     assert mean <= .05 + 2 * error
     assert mean_and_error(drops)[0] <= mean
+    assert sum(costs) / len(costs) < .9  # and most draws save something
 
 
 def test_too_few_images_for_the_bound_leave_the_main_network():
@@ -269,4 +283,3 @@ def test_too_few_images_for_the_bound_leave_the_main_network():
 def test_pareto():
     points = [Point(c, a, ()) for c, a in ((3, .5), (1, .4), (2, .4), (2, .6), (4, .6), (1, .3), (5, .7))]
     assert [(p.cost, p.accuracy) for p in pareto(points)] == [(1, .4), (2, .6), (5, .7)]
-    assert isinstance(Calibration, type)

@@ -1,4 +1,6 @@
 """The command `timm-eed`."""
+from pathlib import Path
+
 import pytest
 
 import timm_eed
@@ -24,8 +26,18 @@ def test_info_takes_a_pattern_and_shows_what_cannot_be_wrapped(capsys):
     assert 'encoder without a classifier' in lines[2]
 
 
+def test_info_shows_what_does_not_run_beside_what_does(capsys):
+    main(['info', 'levit_128*', '--img-size', '100'])  # LeViT's attention has one size
+    main(['info', 'vit_tiny_*_p8_224*', '--img-size', '100'])
+    lines = capsys.readouterr().out.splitlines()
+    assert all('does not run with images of 100 x 100' in line for line in lines if not line.startswith('model'))
+    assert len(lines) > 3
+
+
 @pytest.mark.parametrize('name, message', [
+    ('levit_128s --img-size 100', 'does not run with images of 100 x 100'), ('docs', 'timm-eed benchmark'),
     ('resnet5O', 'did you mean'), ('nothing_like*', 'no timm model matches')])
-def test_info_names_the_fix(name, message):
+def test_info_names_the_fix(name, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(SystemExit, match=message):
-        main(['info', name])
+        main(['info', *name.split()])

@@ -417,6 +417,21 @@ def test_refusals_name_the_fix():
     model.train()
     with pytest.raises(ValueError, match=r'call model.eval\(\) first'):
         early(x)
+    for part in (model.exits, model.backbone.layer1):  # norms would learn from the images that the way is tried with
+        model.eval()
+        part.train()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r'call model.eval\(\) first'):
+            early(x)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('number', [np.float32(.5), torch.tensor(.5), np.array(.5), [np.float64(.5)] * 3])
+def test_thresholds_of_any_number_type(number):
+    assert EarlyExit(make(), number).rule.thresholds == [.5] * 3
+    for wrong in ('0.5', object()):
+        with pytest.raises(ValueError, match='must be a number, or one per exit'):
+            EarlyExit(make(), wrong)
 
 
 def hooks_of(model):

@@ -10,7 +10,9 @@ from PIL import Image
 import timm_eed
 import train_eed
 from timm_eed import cli
+from timm_eed.commands.inputs import load_data, load_model
 from timm_eed.latency import measure, time_exits
+from timm_eed.profiling import early_exit_gflops
 from timm_eed.training.runs import load_run
 
 FLAGS = ('--dataset eed/digits --model test_resnet --num-classes 10 --input-size 1 32 32 --mean .3 --std .4 --epochs 3 '
@@ -91,6 +93,50 @@ def test_benchmark_of_real_images(run, settings_file, capsys, tmp_path):
     assert rows[4]['flops_share'] < 1.1
 
 
+def test_benchmark_takes_images_of_all_classes(tmp_path, capsys):
+    """A folder comes class by class."""
+    timm_eed.create_model('test_resnet', num_classes=2).save_pretrained(tmp_path / 'model')
+    for name, value in (('a', 0), ('b', 255)):
+        (tmp_path / 'data' / 'val' / name).mkdir(parents=True)
+        for i in range(30):
+            Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(tmp_path / 'data' / 'val' / name / f'{i}.png')
+    args = cli.build_parser().parse_args(
+        ['benchmark', str(tmp_path / 'model'), str(tmp_path / 'data'), '--split', 'val', '-b', '60', '--device', 'cpu',
+         '-j', '0'])
+    inputs = load_model(args)
+    taken, labels = next(iter(load_data(args, inputs, 20)))
+    assert len(labels) == 20 and labels.sum() == 10 and labels[:10].unique().tolist() == [0, 1]
+    everything, all_labels = next(iter(load_data(args, inputs)))
+    assert all_labels.tolist() == [0] * 30 + [1] * 30
+    assert torch.equal(taken, everything[labels * 30])  # prepared alike
+
+
+def test_data_of_other_classes_is_not_evaluated(tmp_path, capsys, caplog):
+    timm_eed.create_model('test_resnet', num_classes=2).save_pretrained(
+        tmp_path / 'model', model_config=dict(label_names=['b', 'a']))
+    for split, names in dict(val='ab', three='abc', other=('a2', 'b2')).items():
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new('RGB', (32, 32)).save(tmp_path / split / name / '0.png')
+    command = ['validate', str(tmp_path / 'model'), str(tmp_path), '--device', 'cpu', '-j', '0', '--split']
+    with pytest.raises(SystemExit, match=r'disagree about the classes: .*same names, other order'):
+        cli.main([*command, 'val'])
+    with pytest.raises(SystemExit, match='The data has 3 classes and the model 2 outputs: it was made for other data'):
+        cli.main([*command, 'three'])
+    cli.main([*command, 'other'])  # other words may mean the same
+    assert 'calls its classes b, a, .., the data a2, b2' in caplog.text
+
+
+def test_flops_count_all_exits_that_answer_together():
+    model = timm_eed.create_model('test_resnet', num_classes=3)
+    trunk, heads = early_exit_gflops(model, (3, 32, 32))
+    rows = time_exits(timm_eed.EarlyExit(model, .5, ensemble=True), [torch.randn(2, 3, 32, 32)], 1, 0)
+    for i in range(3):
+        assert rows[i].flops_share == pytest.approx((trunk[i] + sum(heads[:i + 1])) / trunk[-1])
+    rows = time_exits(timm_eed.EarlyExit(model, [.5, .5, None]), [torch.randn(2, 3, 32, 32)], 1, 0)
+    assert rows[2].flops_share == pytest.approx((trunk[2] + heads[2]) / trunk[-1])
+
+
 def test_benchmark_without_data_takes_random_images(capsys):
     cli.main(['benchmark', 'test_convnext', '--num-classes', '4', '--images', '4', '-b', '4', '--rounds', '1',
               '--thresholds', '0', '--device', 'cpu'])
@@ -146,6 +192,10 @@ def test_export(run, who, suffix, tmp_path, capsys):
     ('benchmark test_resnet --thresholds .5 --exit-kwargs droprate=.1', "no argument 'droprate', only drop_rate and"),
     ('benchmark test_resnet --exit-kwargs drop_rate=x', 'drop_rate=x must be a number from 0 to 1'),
     ('benchmark docs/models/cifar_resnet20_eed --exit-kwargs drop_rate=.1', r'--exit-kwargs .* is a saved model'),
+    ('export docs/models/cifar_resnet20_eed --output x.onnx --num-classes 3', r'--num-classes .* trained exits'),
+    ('export docs/models/cifar_resnet20_eed --output x.onnx --exit-type conv', r'--exit-type .* trained exits'),
+    ('validate docs/models/cifar_resnet20_eed --exit-indices 1', r'--exit-indices .* trained exits'),
+    ('calibrate docs/models/cifar_resnet20_eed --max-accuracy-drop 150', 'must be percentage points, as in 0.5'),
 ])
 def test_refusals_name_the_fix(command, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)

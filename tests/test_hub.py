@@ -117,7 +117,7 @@ def test_one_repo_two_readers_online_offline_at_a_tag_and_private(hub, tmp_path)
     assert all(request.token is None for request in hub.log if request.origin == 'store')
 
 
-def test_create_model_takes_timms_spelling(hub, model, tmp_path):
+def test_create_model_takes_timms_spelling(hub, model, tmp_path, caplog):
     timm_eed.push_to_hub(model, 'me/tiny')
     model.save_pretrained(tmp_path / 'folder')
     names = ['hf-hub:me/tiny', 'hf_hub:me/tiny', 'hf-hub:me/tiny@main', f"local-dir:{tmp_path / 'folder'}"]
@@ -129,6 +129,13 @@ def test_create_model_takes_timms_spelling(hub, model, tmp_path):
     assert fresh.exit_indices == [2] and not torch.equal(logits_of(fresh)[-1], logits_of(model)[-1])
     other = timm_eed.create_model(names[0], pretrained=True, exit_type='linear', cache_dir=tmp_path)
     assert other.exit_type == 'linear' and torch.equal(logits_of(other)[-1], logits_of(model)[-1])
+    for asked in (dict(exit_type='conv'), dict(exit_indices=model.exit_indices)):  # those that are there
+        assert_same(timm_eed.create_model(names[0], pretrained=True, cache_dir=tmp_path, **asked), model)
+    other.save_pretrained(tmp_path / 'linear')
+    for asked in (dict(exit_type='linear'), {}):
+        assert_same(timm_eed.create_model(f"local-dir:{tmp_path / 'linear'}", pretrained=True, **asked), other)
+    asked = timm_eed.create_model(f"local-dir:{tmp_path / 'linear'}", pretrained=True, exit_type='conv')
+    assert asked.exit_type == 'conv' and "linear' has linear exits" in caplog.text
     five = timm_eed.create_model(names[0], pretrained=True, num_classes=5, cache_dir=tmp_path).eval()
     with torch.no_grad():
         assert all(map(torch.equal, five.forward_exits(X).features, model.forward_exits(X).features))

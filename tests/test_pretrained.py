@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_eed
 from timm_eed import pretrained
@@ -253,6 +254,12 @@ def test_main_weights_are_checked_by_shape_before_anything_is_built(model, folde
     (lambda c: c['pretrained_cfg'].update(surprise=1), "timm knows no 'surprise'"),
     (lambda c: c['pretrained_cfg'].update(custom_load='hf'), 'not a timm state dict'),
     (lambda c: c['pretrained_cfg'].update(input_size=[3, 10 ** 9, 10 ** 9]), 'input_size must be a whole number'),
+    (lambda c: c['pretrained_cfg'].update(input_size=[3, 5000, 224]), 'whole number from 1 to 4096'),
+    (lambda c: c['pretrained_cfg'].update(std=[0, 0, 0]), 'std must be a number from 1e-06'),
+    (lambda c: c['pretrained_cfg'].update(mean='x'), 'mean must be a list'),
+    (lambda c: c['pretrained_cfg'].update(crop_pct='a'), 'crop_pct must be a number'),
+    (lambda c: c['pretrained_cfg'].update(interpolation='a'), 'interpolation must be one of'),
+    (lambda c: c.update(c.pop('pretrained_cfg')), 'pretrained_cfg must be a mapping'),
     (lambda c: c['model_args'].update(pretrained_strict=False), "'pretrained_strict' is an option of timm's factory"),
     (lambda c: c['model_args'].update(checkpoint_path='/etc/passwd'), "'checkpoint_path' is an option"),
     (lambda c: c['model_args'].update(features_only=True), "'features_only' is an option"),
@@ -265,6 +272,22 @@ def test_a_config_of_timms_that_does_more_than_describe_is_refused(folder, chang
     edit(folder, 'config.json', change)
     with pytest.raises(ValueError, match=message):
         timm_eed.from_pretrained(folder)
+
+
+def test_images_of_any_size_in_a_config_cost_no_memory(model, folder):
+    edit(folder, 'config.json', lambda c: c['pretrained_cfg'].update(input_size=[3, 4096, 4096]))
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            made.extend(t.numel() for t in (out if isinstance(out, (list, tuple)) else [out])
+                        if isinstance(t, torch.Tensor) and t.device.type == 'cpu')
+            return out
+
+    with Watch():
+        assert_same(timm_eed.from_pretrained(folder), model)
+    assert 0 < max(made) < 1 << 25
 
 
 def test_plain_folders_of_older_timm_get_fresh_exits(model, folder):

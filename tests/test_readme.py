@@ -4,6 +4,8 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
 from timm_eed import cli
 from timm_eed.training.flags import build_parser
 
@@ -18,6 +20,15 @@ def test_snippets_print_what_is_shown():
         with contextlib.redirect_stdout(printed):
             exec(compile(code, 'README.md', 'exec'), {})
         assert printed.getvalue() == shown
+
+
+@pytest.mark.parametrize('name', ['early_exit.md'])
+def test_snippets_of_the_docs_run(name):
+    text = (Path(__file__).parent.parent / 'docs' / name).read_text(encoding='utf-8')
+    snippets = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+    assert snippets
+    for code in snippets:
+        exec(compile(code, name, 'exec'), {})
 
 
 def test_flags_named_exist():

@@ -130,6 +130,7 @@ def calibrate_logits(
         max_accuracy_drop: As the further ones, see `calibrate`.
     """
     _check_target(max_accuracy_drop, max_flops, policy, risk_control)
+    _check_images(logits, targets)
     target = _Target(max_accuracy_drop, None if max_flops is None else max_flops / 1e9)
     images = _Images(logits, targets, trunk_gflops, head_gflops, ExitRule(len(logits), None, policy, ensemble=ensemble))
     fitting, checking = images.halves() if risk_control else (images, images)
@@ -148,7 +149,11 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
     Args:
         logits: Z [N, K].
         targets: Class indices [N].
+
+    Raises:
+        ValueError: If a logit is not finite, or a label no class.
     """
+    _check_images([logits], targets)
     logits = logits.double()
     logits = logits - logits.gather(1, targets[:, None])
     low, high = math.log(0.02), math.log(50.)  # of 1 / T
@@ -198,7 +203,10 @@ class _Watched:
         self.size: Optional[Tuple[int, int, int]] = None
 
     def __iter__(self) -> Iterator[Any]:
-        for images, targets in self.loader:
+        for batch in self.loader:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise ValueError('The loader must give batches (images, labels) of two tensors.')
+            images, targets = batch
             if targets.ndim != 1:
                 raise ValueError(
                     f'Labels of shape {tuple(targets.shape)}: calibration needs one class index per image.')
@@ -315,6 +323,19 @@ def _bound_in_a_sentence(max_drop: float, images: int, leaves: bool) -> str:
         return (f'The main network answers alone: to bound a drop of {max_drop:g}, half of the images must be '
                 f'{least} or more, here they are {images}.')
     return 'The bound is guaranteed.' if leaves else 'No exit is good enough for the bound, nothing is saved.'
+
+
+def _check_images(logits: Sequence[torch.Tensor], targets: torch.Tensor) -> None:
+    classes = logits[-1].shape[1]
+    wrong = (targets < 0) | (targets >= classes)
+    if wrong.any():
+        raise ValueError(f'{int(wrong.sum())} of {len(targets)} labels are none of the {classes} classes '
+                         f'0..{classes - 1}, the first of them is {int(targets[wrong][0])}.')
+    for i, z in enumerate(logits):
+        broken = ~z.isfinite().all(1)
+        if broken.any():
+            raise ValueError(f'Classifier {i} (0 is exit1) gives {int(broken.sum())} of {len(targets)} images logits '
+                             'that are not finite; compute in float32, or look at these images.')
 
 
 def _check_target(

@@ -101,6 +101,8 @@ class EarlyExit(nn.Module):
         """Find the way in which rows leave for images of the shape of x [B, C, H, W] (once); its `name` tells which."""
         size = tuple(x.shape[1:])
         if (way := self._ways.get(size)) is None:
+            if any(module.training for module in self.model.modules()):  # norms would learn from made-up images
+                raise ValueError('Early exit is for evaluation: call model.eval() first.')
             way = self._ways[size] = find_way(self.model, x)
             if way.name == 'whole':
                 warnings.warn(
@@ -160,7 +162,8 @@ class EarlyExit(nn.Module):
     def _check(self, x: Any) -> None:
         if not isinstance(x, torch.Tensor) or x.ndim != 4:
             raise ValueError('EarlyExit takes images as a tensor [B, C, H, W].')
-        if self.model.training or self.model.backbone.training:  # a frozen backbone stays in evaluation mode
+        parts = self.model, self.model.backbone, *self.model.exits  # a frozen backbone stays in evaluation mode
+        if any(part.training for part in parts):
             raise ValueError('Early exit is for evaluation: call model.eval() first.')
 
 

@@ -24,8 +24,9 @@ from timm.models import parse_model_name
 from .hub_errors import Token, check_token, retrying
 from .multi_exit import MultiExitWrapper, wrap
 from .pretrained import EXITS_CONFIG, FILES, MAIN, StaleExitsError, has_exits, load_backbone, load_multi_exit
+from .repo_config import read_exits_config
 
-__all__ = ['check_repo_id', 'from_pretrained', 'load_source', 'push_folder', 'push_to_hub']
+__all__ = ['Source', 'check_repo_id', 'from_pretrained', 'load_source', 'push_folder', 'push_to_hub']
 
 _logger = logging.getLogger(__name__)
 
@@ -64,37 +65,40 @@ def from_pretrained(
         out = model.forward_exits(x)
         ```
     """
-    return _load(_Source(repo_or_dir, revision, token, cache_dir, local_files_only))
+    return _load(Source(repo_or_dir, revision, token, cache_dir, local_files_only))
 
 
 def load_source(
-        model_name: str,
+        source: 'Source',
         exit_indices: Optional[Union[int, Sequence[int]]] = None,
-        exit_type: str = 'conv',
-        cache_dir: Optional[Union[str, Path]] = None,
+        exit_type: Optional[str] = None,
         **timm_kwargs: Any,
 ) -> MultiExitWrapper:
-    """What `timm_eed.create_model` gives for the pretrained model of a repo or folder, 'hf-hub:..' or 'local-dir:..'.
+    """What `timm_eed.create_model` gives for the pretrained model of a repo or folder.
 
     Raises:
         ValueError: As `from_pretrained`.
         ConnectionError: As `from_pretrained`.
     """
-    parse_model_name(model_name)
-    source = _Source(model_name, cache_dir=cache_dir)
-    own_exits = exit_indices is not None or exit_type != 'conv'
-    if has_exits(source.folder) and not own_exits:
+    if source.has_exits and exit_indices is None and exit_type is None:
         return _load(source, **timm_kwargs)
-    if has_exits(source.folder):
-        _logger.info(f"'{source.name}' has exits of its own; the ones asked for start fresh.")
     try:
-        return wrap(load_backbone(source.folder, **timm_kwargs), exit_indices, exit_type)
+        there = read_exits_config(source.folder) if source.has_exits else None
+        exit_type = exit_type or (there.exit_type if there else 'conv')
+        model = wrap(load_backbone(source.folder, **timm_kwargs), exit_indices, exit_type)
     except ValueError as error:
         raise ValueError(f"Cannot load '{source.name}': {error}") from error
+    if there is None:
+        return model
+    if exit_type == there.exit_type and (exit_indices is None or model.exit_indices == there.exit_indices):
+        return _load(source, **timm_kwargs)
+    _logger.warning(f"'{source.name}' has {there.exit_type} exits behind stages {there.exit_indices}; those asked for, "
+                    f'{exit_type} behind {model.exit_indices}, are untrained.')
+    return model
 
 
-class _Source:
-    """A repo's snapshot or a folder: `folder` holds its files, all of one commit."""
+class Source:
+    """A repo's snapshot or a folder: `folder` holds its files, all of one commit. Arguments: see `from_pretrained`."""
 
     def __init__(
             self,
@@ -127,20 +131,25 @@ class _Source:
             self.repo_id, revision=self.revision, token=token, cache_dir=cache_dir, allow_patterns=list(FILES),
             local_files_only=local_files_only, **_library()), self.repo_id, self.revision))
 
+    @property
+    def has_exits(self) -> bool:
+        """Whether exits came along, and not a plain timm model alone."""
+        return has_exits(self.folder)
 
-def _load(source: _Source, **timm_kwargs: Any) -> MultiExitWrapper:
+
+def _load(source: Source, **timm_kwargs: Any) -> MultiExitWrapper:
     try:
         return load_multi_exit(source.folder, **timm_kwargs)
     except ValueError as error:
         message = f"Cannot load '{source.name}': {error}"
-        if source.repo_id and source.offline and not has_exits(source.folder):
+        if source.repo_id and source.offline and not source.has_exits:
             message += ' The cached copy may be plain timm\'s, which leaves exits out; load it once online.'
         if isinstance(error, StaleExitsError):
             message += ' ' + _advice(source, error.main_sha256)
         raise ValueError(message) from error
 
 
-def _advice(source: _Source, main_sha256: str) -> str:
+def _advice(source: Source, main_sha256: str) -> str:
     if not source.repo_id:
         return 'Save the whole model again, or restore the file.'
     fitting = None if source.offline else _fitting_revision(source, main_sha256)
@@ -149,7 +158,7 @@ def _advice(source: _Source, main_sha256: str) -> str:
     return f"They still fit at revision='{fitting}'."
 
 
-def _fitting_revision(source: _Source, main_sha256: str) -> Optional[str]:
+def _fitting_revision(source: Source, main_sha256: str) -> Optional[str]:
     """The latest commit whose main weights have this checksum, from the file lists alone; None if there is none."""
     api = HfApi(token=source.token, **_library())
     try:

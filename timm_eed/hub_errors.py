@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ['Token', 'check_token', 'explained', 'retrying', 'why_not_loaded']
+__all__ = ['Token', 'check_token', 'explained', 'first_line', 'retrying', 'why_not_loaded']
 
 _logger = logging.getLogger(__name__)
 
@@ -128,4 +128,10 @@ def _reason(error: BaseException) -> str:
         return f"it answers {status}" + (f' ({str(message).splitlines()[0][:200]})' if message else '')
     if isinstance(error, HTTPError):
         return f'the connection failed ({type(error).__name__})'
-    return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0][:200]}'
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, for the end of a sentence."""
+    lines = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {lines[0][:300]}' if lines else type(error).__name__

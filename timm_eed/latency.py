@@ -36,7 +36,7 @@ def time_exits(
         warmup: int = 3,
         clock: Callable[[], float] = time.perf_counter,
 ) -> List[Timing]:
-    """Times of exit1, .., main (all samples leave there) and of early exit with the thresholds it has.
+    """Times of exit1, .. (all samples leave there), of the network alone (main) and of early exit.
 
     Args:
         early: The model with its thresholds.
@@ -53,7 +53,8 @@ def time_exits(
     taken = torch.cat([early(x).exit_index for x in batches])
     shares = (torch.bincount(taken, minlength=last + 1).double() / len(taken)).tolist()
     trunk, heads = early_exit_gflops(early.model, tuple(batches[0].shape[1:]))  # type: ignore[arg-type]
-    flops = [a + b for a, b in zip(trunk, [*heads, 0.])]
+    passed = early.rule.enabled if early.rule.looks_back else []  # whose answers count at later exits, too
+    flops = [leaving_gflops(trunk, heads, sorted({*passed, i}))[i] for i in range(last)] + [trunk[-1]]
     flops.append(sum(map(operator.mul, shares, leaving_gflops(trunk, heads, early.rule.enabled))))
     times = measure(functions, batches, rounds, warmup, clock)
     totals = by_round(times)

@@ -342,22 +342,24 @@ def create_model(
         model_name: str,
         pretrained: bool = False,
         exit_indices: Optional[Union[int, Sequence[int]]] = None,
-        exit_type: str = 'conv',
+        exit_type: Optional[str] = None,
         **timm_kwargs: Any,
 ) -> MultiExitWrapper:
     """`timm.create_model()` and `wrap()` in one; `timm_kwargs` go to timm.
 
     Names of repos and folders are spelled as in timm: 'hf-hub:user/name@revision', 'local-dir:path'. With `pretrained`,
-    exits that are there come along with their weights, unless `exit_indices` or `exit_type` ask for others.
+    exits that are there come along with their weights, unless `exit_indices` or `exit_type` (elsewhere 'conv' if not
+    given) ask for others.
 
     Raises:
         ValueError: If timm knows no such model (the message names similar ones), or as in `wrap`.
     """
     check_model_name(model_name)
     if pretrained and ':' in model_name:
-        from .hub import load_source  # that module loads models and so imports this one
-        return load_source(model_name, exit_indices, exit_type, **timm_kwargs)
-    return wrap(timm.create_model(model_name, pretrained=pretrained, **timm_kwargs), exit_indices, exit_type)
+        from .hub import Source, load_source  # that module loads models and so imports this one
+        source = Source(model_name, cache_dir=timm_kwargs.pop('cache_dir', None))
+        return load_source(source, exit_indices, exit_type, **timm_kwargs)
+    return wrap(timm.create_model(model_name, pretrained=pretrained, **timm_kwargs), exit_indices, exit_type or 'conv')
 
 
 def check_has_exits(model: nn.Module) -> None:

@@ -155,9 +155,13 @@ def choose_exits(rule: ExitRule, logits: Sequence[torch.Tensor]) -> EarlyExitOut
 
 
 def _thresholds(thresholds: Thresholds, count: int, policy: str) -> List[Optional[float]]:
-    if thresholds is None or isinstance(thresholds, (int, float)):
-        thresholds = [thresholds] * count
-    values = [None if t is None or t == math.inf else float(t) for t in thresholds]
+    if thresholds is None or (hasattr(thresholds, '__float__') and not getattr(thresholds, 'ndim', 0)):
+        one_for_all: Any = thresholds  # a number, also of NumPy or PyTorch
+        thresholds = [one_for_all] * count
+    try:
+        values = [None if t is None or float(t) == math.inf else float(t) for t in thresholds]  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'thresholds={thresholds!r} must be a number, or one per exit.') from error
     if len(values) != count:
         raise ValueError(
             f'{len(values)} thresholds for {count} exits; give one per exit (None switches an exit off), or a single '

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf  # not exported by timm.models
 
 from .exits import TimmModel
+from .hub_errors import first_line
 from .multi_exit import MultiExitWrapper, wrap
 from .probe import evaluation_mode, input_size
 from .repo_config import ExitsConfig, check_early_exit_config, read_backbone_config, read_exits_config
@@ -156,7 +157,10 @@ def load_multi_exit(folder: Path, **timm_kwargs: Any) -> MultiExitWrapper:
     if file_sha256(folder / EXITS) != config.exits_sha256:
         raise ValueError('eed/exits.safetensors is not the file that eed/config.json describes (exits_sha256).')
     backbone = _build(folder, timm_kwargs)
-    model = wrap(backbone, config.exit_indices, config.exit_type, **config.exit_kwargs)
+    try:
+        model = wrap(backbone, config.exit_indices, config.exit_type, **config.exit_kwargs)
+    except RuntimeError as error:  # of models that cannot take images of the size in config.json
+        raise ValueError(f'exits cannot be attached as eed/config.json says: {first_line(error)}') from error
     fresh = model.num_classes != backbone_config['num_classes']
     if not fresh:
         model.early_exit_config = config.early_exit
@@ -166,7 +170,7 @@ def load_multi_exit(folder: Path, **timm_kwargs: Any) -> MultiExitWrapper:
         weights = load_file(folder / EXITS)
         model.exits.load_state_dict({**model.exits.state_dict(), **{name: weights[name] for name in expected}})
     except (SafetensorError, RuntimeError) as error:  # dtypes that torch does not have, or does not convert
-        raise ValueError(f'{EXITS} cannot be loaded: {_first_line(error)}') from error
+        raise ValueError(f'{EXITS} cannot be loaded: {first_line(error)}') from error
     return model
 
 
@@ -195,7 +199,7 @@ def _create(folder: Path, timm_kwargs: Dict[str, Any]) -> TimmModel:
     try:
         return timm.create_model(f'local-dir:{folder}', pretrained=True, **timm_kwargs)
     except Exception as error:  # constructors of a thousand models, given what a file says, fail in many ways
-        raise ValueError(f'timm cannot load config.json and model.safetensors: {_first_line(error)}') from error
+        raise ValueError(f'timm cannot load config.json and model.safetensors: {first_line(error)}') from error
 
 
 def _check_files(folder: Path, exits: bool = True) -> None:
@@ -222,9 +226,9 @@ def _twin_state(folder: Path) -> Optional[Dict[str, torch.Tensor]]:
     except RuntimeError as error:
         if 'meta' in str(error):
             return None
-        raise ValueError(f'timm cannot build the model in config.json: {_first_line(error)}') from error
+        raise ValueError(f'timm cannot build the model in config.json: {first_line(error)}') from error
     except Exception as error:
-        raise ValueError(f'timm cannot build the model in config.json: {_first_line(error)}') from error
+        raise ValueError(f'timm cannot build the model in config.json: {first_line(error)}') from error
 
 
 def _check_shapes(
@@ -249,7 +253,7 @@ def _shapes(path: Path, name: str) -> Dict[str, Tuple[int, ...]]:
         with safe_open(path, framework='pt') as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f'{name} is no readable safetensors file: {_first_line(error)}') from error
+        raise ValueError(f'{name} is no readable safetensors file: {first_line(error)}') from error
 
 
 def file_sha256(path: Path) -> str:
@@ -259,8 +263,3 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f'{type(error).__name__}: {lines[0][:300]}' if lines else type(error).__name__

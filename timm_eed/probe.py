@@ -8,6 +8,8 @@ import torch.nn as nn
 
 from .exits import TimmModel
 
+_MOST_MADE_UP = 1 << 26  # numbers; image sizes may come from files of anyone
+
 __all__ = ['evaluation_mode', 'input_size', 'logits_are_classifier_output', 'meta_twin', 'pre_logits_width']
 
 
@@ -83,7 +85,8 @@ def logits_are_classifier_output(model: TimmModel) -> bool:
     Then one pass through the head gives both feature and logits. Tried on the model's own head, in evaluation mode and
     with dropout on, on made-up features: what reaches the classifier must be the pre-logits feature, and what leaves it
     must be what `forward_head` returns. False for heads of several classifiers, where logits are changed afterwards
-    (VOLO), where dropout comes after the pre-logits feature, and where it cannot be tried (weights on meta).
+    (VOLO), where dropout comes after the pre-logits feature, and where it cannot be tried (weights on meta, features
+    of more than 256 MiB).
     """
     classifier = model.get_classifier()
     parameter = next(model.parameters())
@@ -92,6 +95,8 @@ def logits_are_classifier_output(model: TimmModel) -> bool:
     try:
         shape = _final_features(model).shape
     except (RuntimeError, AttributeError, NotImplementedError):  # no meta kernels, or features that are not a tensor
+        return False
+    if shape.numel() > _MOST_MADE_UP:
         return False
     x = torch.arange(shape.numel(), device=parameter.device).sin().reshape(shape).to(parameter.dtype)
     with evaluation_mode(model):

@@ -38,8 +38,19 @@ FORMAT_VERSION = 1
 MAX_EXITS = 64
 MAX_BYTES = 1 << 20
 MAX_BACKBONE_BYTES = 1 << 24  # it may hold the labels of ImageNet-21k
+MAX_SIDE = 4096  # of images, in pixels
 _sha256 = matching('[0-9a-f]{64}', 'a SHA-256 in 64 hexadecimal digits')
 _EXIT_KWARGS: Dict[str, Check] = {'drop_rate': number(0, 1), 'last_stride': whole(1, 2)}  # of ExitHead
+
+_image_size = list_of(whole(1, MAX_SIDE), 3, 3)
+_crop_share = number(.01, 2)
+_DATA_SETTINGS: Dict[str, Check] = {
+    'input_size': _image_size, 'test_input_size': _image_size, 'min_input_size': _image_size,
+    'mean': list_of(number(), 1, MAX_SIDE), 'std': list_of(number(1e-6), 1, MAX_SIDE),
+    'crop_pct': _crop_share, 'test_crop_pct': _crop_share,
+    'crop_mode': one_of(('center', 'squash', 'border')),
+    'interpolation': one_of(('bicubic', 'bilinear', 'nearest', 'lanczos', 'hamming', 'box', 'random')),
+}
 
 # options of timm's factory and builder that are no arguments of a model: they say where weights come from, let missing
 # weights pass, or return something else than a classifier
@@ -177,17 +188,20 @@ def read_backbone_config(folder: Path, with_exits: bool = True) -> Dict[str, Any
         raise ValueError(
             f"config.json: timm {timm.__version__} knows no architecture '{architecture}'; update timm, or first "
             'import the package that registers it (the model card should name it).')
-    cfg = mapping(config.get('pretrained_cfg', {}), 'config.json: pretrained_cfg')
-    unknown = set(cfg) - set(PretrainedCfg.__dataclass_fields__)
-    if unknown:
-        raise ValueError(f"config.json: pretrained_cfg: timm knows no '{min(unknown)}'.")
+    if with_exits or 'pretrained_cfg' in config:
+        cfg = mapping(config.get('pretrained_cfg'), 'config.json: pretrained_cfg')
+        unknown = set(cfg) - set(PretrainedCfg.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"config.json: pretrained_cfg: timm knows no '{min(unknown)}'.")
+    else:
+        cfg = config  # timm's older layout
     args = mapping(config.get('model_args', {}), 'config.json: model_args')
     for key, value in args.items():
         if key in _BUILDER_OPTIONS:
             raise ValueError(f"config.json: model_args: '{key}' is an option of timm's factory, not of a model.")
         plain(value, f'config.json: model_args: {key}')
-    for name in ('input_size', 'test_input_size', 'min_input_size'):
-        optional(list_of(whole(1, MAX_INT), 3, 3))(cfg.get(name), f'config.json: {name}')
+    for name, check in _DATA_SETTINGS.items():
+        optional(check)(cfg.get(name), f'config.json: {name}')
     if with_exits:
         _check_native(config, cfg, args)
     return config

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser('benchmark', help='time of every exit and of early exit', description=(
         'Latency and throughput of every exit, of the main network and of early exit with the thresholds given, on the '
         'same images, in turns after a warm-up; time and FLOPs as shares of the main network. Images are random where '
-        'no data is named.'))
+        'no data is named, else from all over it.'))
     add_model_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument('--settings', metavar='FILE', help='thresholds from `timm-eed calibrate --json FILE`')
@@ -109,7 +109,8 @@ def _batches(args: argparse.Namespace, inputs: Inputs) -> List[torch.Tensor]:
         shape = (count * size, *inputs.data_config['input_size'])
         images = torch.randn(shape, generator=generator)
     else:
-        loaded = [x for x, _ in itertools.islice(load_data(args, inputs), -(-count * size // args.batch_size))]
+        loader = load_data(args, inputs, count * size)
+        loaded = [x for x, _ in itertools.islice(loader, -(-count * size // args.batch_size))]
         images = torch.cat(loaded)[:count * size]
         if len(images) < size:
             raise ValueError(f'the data has {len(images)} images, fewer than a batch of {size}; try -b {len(images)}.')

@@ -38,6 +38,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.max_accuracy_drop is not None and not -100 < args.max_accuracy_drop < 100:
+        raise ValueError(f'--max-accuracy-drop {args.max_accuracy_drop:g} must be percentage points, as in 0.5.')
     inputs = load_model(args)
     if not isinstance(inputs.model, MultiExitWrapper):
         raise ValueError(f"'{args.model}' has no exits, nothing can leave it early.")

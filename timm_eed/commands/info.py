@@ -1,17 +1,19 @@
 """`timm-eed info`: the exits a model would get, and what each costs."""
 import argparse
-from typing import Any, List, Tuple
+import os
+from typing import Any, Callable, Tuple
 
 import timm
 import torch
 from huggingface_hub.errors import HTTPError
 
 from ..exits import TimmModel
-from ..hub_errors import why_not_loaded
+from ..hub_errors import first_line, why_not_loaded
 from ..multi_exit import MultiExitWrapper, check_model_name, wrap
 from ..probe import input_size
 from ..profiling import profile
 from ..training.flags import add_exit_arguments
+from .inputs import positive
 
 __all__ = ['add_parser']
 
@@ -23,17 +25,19 @@ def add_parser(commands: Any) -> None:
         'GFLOPs count 2 per multiply-add of convolutions, linear layers and attention products.'))
     parser.add_argument('model', metavar='MODEL', help='timm model, or a pattern as in "convnext*" for a line each')
     add_exit_arguments(parser.add_argument)
-    parser.add_argument('--num-classes', type=int, metavar='N', help="number of classes; the model's own if not given")
-    parser.add_argument('--img-size', type=int, metavar='N', help="image size; the model's own if not given")
+    parser.add_argument('--num-classes', type=positive, metavar='N', help="classes; the model's own if not given")
+    parser.add_argument('--img-size', type=positive, metavar='N', help="image size; the model's own if not given")
     parser.add_argument('--norms', action='store_true', help="count normalisation too, as the paper's Table III does")
     parser.set_defaults(run=_info)
 
 
 def _info(args: argparse.Namespace) -> None:
     if not any(c in args.model for c in '*?['):
+        if os.path.exists(args.model.removeprefix('local-dir:')):
+            raise ValueError(f"info shows the exits that a timm model would get; timm-eed benchmark '{args.model}' "
+                             'shows those that a run or saved model has.')
         check_model_name(args.model)
-        model, size = _model_without_weights(args.model, args)
-        return print('\n'.join(_table(args.model, model, size, args.norms)))
+        return print(_shown(args.model, args, _table))
     names = timm.list_models(args.model)
     if not names:
         raise ValueError(f"no timm model matches '{args.model}'; timm-eed info \"resnet*\" shows a pattern.")
@@ -41,10 +45,18 @@ def _info(args: argparse.Namespace) -> None:
     print(f"{'model':<{width}}  {'input':>11}  {'GFLOPs':>8}  {'params':>9}  exits and their share of the GFLOPs")
     for name in names:
         try:
-            model, size = _model_without_weights(name, args)
-            print(_line(f'{name:<{width}}', model, size, args.norms))
-        except (ValueError, RuntimeError) as error:
-            print(f'{name:<{width}}  {str(error).splitlines()[0]}')
+            print(f'{name:<{width}}  {_shown(name, args, _line)}')
+        except ValueError as error:
+            print(f'{name:<{width}}  {error}')
+
+
+def _shown(name: str, args: argparse.Namespace, show: Callable[..., str]) -> str:
+    try:
+        model, size = _model_without_weights(name, args)
+        return show(name, model, size, args.norms)
+    except (RuntimeError, AssertionError) as error:
+        images = f' with images of {args.img_size} x {args.img_size}' if args.img_size else ''
+        raise ValueError(f"'{name}' does not run{images} ({first_line(error)}).") from error
 
 
 def _model_without_weights(name: str, args: argparse.Namespace) -> Tuple[MultiExitWrapper, Tuple[int, int, int]]:
@@ -62,7 +74,7 @@ def _model_without_weights(name: str, args: argparse.Namespace) -> Tuple[MultiEx
     return wrap(backbone, args.exit_indices, args.exit_type, **args.exit_kwargs).eval(), size
 
 
-def _table(name: str, model: MultiExitWrapper, size: Tuple[int, int, int], norms: bool) -> List[str]:
+def _table(name: str, model: MultiExitWrapper, size: Tuple[int, int, int], norms: bool) -> str:
     with torch.no_grad():
         maps = model.backbone.forward_intermediates(
             torch.empty(1, *size, device='meta'), indices=model.exit_indices, output_fmt='NCHW',
@@ -80,12 +92,12 @@ def _table(name: str, model: MultiExitWrapper, size: Tuple[int, int, int], norms
     main_row = rows[-1]
     lines.append(f"{'main':<6}  {'':<{width}}  {100:4.0f} %  {'':>8}  {'':>9}  {main_row.gflops:9.3f}  {100:5.1f} %  "
                  f'{main_row.params / 1e6:8.2f} M')
-    return lines
+    return '\n'.join(lines)
 
 
-def _line(name: str, model: MultiExitWrapper, size: Tuple[int, int, int], norms: bool) -> str:
+def _line(_: str, model: MultiExitWrapper, size: Tuple[int, int, int], norms: bool) -> str:
     rows = profile(model, size, norms)
     main_row = rows[-1]
     exits = '  '.join(f'{info.module} {100 * row.gflops / main_row.gflops:.0f} %'
                       for row, info in zip(rows, model.exit_info()))
-    return (f"{name}  {'x'.join(map(str, size)):>11}  {main_row.gflops:8.2f}  {main_row.params / 1e6:7.2f} M  {exits}")
+    return (f"{'x'.join(map(str, size)):>11}  {main_row.gflops:8.2f}  {main_row.params / 1e6:7.2f} M  {exits}")

@@ -2,7 +2,7 @@
 import argparse
 import json
 import os
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import timm
 import torch
@@ -10,8 +10,9 @@ from huggingface_hub.errors import HTTPError
 from timm.data import resolve_data_config
 
 from ..exits import TimmModel
+from ..hub import Source, load_source
 from ..hub_errors import why_not_loaded
-from ..multi_exit import check_model_name, create_model, wrap
+from ..multi_exit import MultiExitWrapper, check_model_name, wrap
 from ..training.data import create_evaluation_loader
 from ..training.flags import add_exit_arguments, build_parser
 from ..training.runs import load_run
@@ -55,6 +56,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--num-classes', type=int, metavar='N', help="classes of a timm model; its own if not given")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device')
     add_exit_arguments(parser.add_argument)
+    parser.set_defaults(exit_type=None)  # a saved model has its own
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
@@ -87,29 +89,47 @@ def load_model(args: argparse.Namespace) -> Inputs:
     if os.sep in name and ':' not in name:
         raise ValueError(
             f"there is no run and no checkpoint '{name}'; a model of the Hub is called 'hf-hub:{name}'.")
-    return _load_by_name(args, name)
-
-
-def _load_by_name(args: argparse.Namespace, name: str) -> Inputs:
-    kwargs: Dict[str, Any] = {} if args.num_classes is None else dict(num_classes=args.num_classes)
-    if ':' in name:
-        _refuse(args, 'a saved model', 'exit_kwargs', 'pretrained', 'checkpoint', 'no_ema')
-        try:
-            model = create_model(name, True, args.exit_indices, args.exit_type, **kwargs)
-        except ConnectionError as error:
-            raise ValueError(error) from error
-        title = name.partition(':')[2]
-    else:
-        check_model_name(name)
-        _refuse(args, 'a timm model', 'checkpoint', 'no_ema')
-        try:
-            backbone = timm.create_model(name, pretrained=args.pretrained, **kwargs)
-        except (HTTPError, OSError, RuntimeError) as error:
-            raise ValueError(f"cannot make '{name}': {why_not_loaded(error, name)}") from error
-        model = wrap(backbone, args.exit_indices, args.exit_type, **args.exit_kwargs)
-        title = f"{name} ({'pretrained, exits untrained' if args.pretrained else 'untrained'})"
     flags = build_parser().parse_args([])
+    if ':' in name:
+        model, title = _load_saved(args, name)
+        flags.label_names = model.pretrained_cfg.get('label_names')
+    else:
+        model, title = _load_timm(args, name)
     return Inputs(model.eval().to(args.device), resolve_data_config({}, model=model), flags, title)
+
+
+def _load_saved(args: argparse.Namespace, name: str) -> Tuple[MultiExitWrapper, str]:
+    _refuse(args, 'a saved model', 'exit_kwargs', 'pretrained', 'checkpoint', 'no_ema')
+    try:
+        source = Source(name)
+    except ConnectionError as error:
+        raise ValueError(error) from error
+    title = name.partition(':')[2]
+    if source.has_exits:
+        _refuse(args, 'a saved model with trained exits', 'exit_indices', 'exit_type', 'num_classes')
+        return load_source(source), title
+    model = load_source(source, args.exit_indices, args.exit_type, **_num_classes(args))
+    return model, f'{title} ({_fresh(model)} untrained)'
+
+
+def _load_timm(args: argparse.Namespace, name: str) -> Tuple[MultiExitWrapper, str]:
+    check_model_name(name)
+    _refuse(args, 'a timm model', 'checkpoint', 'no_ema')
+    try:
+        backbone = timm.create_model(name, pretrained=args.pretrained, **_num_classes(args))
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise ValueError(f"cannot make '{name}': {why_not_loaded(error, name)}") from error
+    model = wrap(backbone, args.exit_indices, args.exit_type or 'conv', **args.exit_kwargs)
+    return model, f'{name} (pretrained, {_fresh(model)} untrained)' if args.pretrained else f'{name} (untrained)'
+
+
+def _num_classes(args: argparse.Namespace) -> Dict[str, Any]:
+    return {} if args.num_classes is None else dict(num_classes=args.num_classes)
+
+
+def _fresh(model: MultiExitWrapper) -> str:
+    """What is untrained where the backbone's weights were loaded: a classifier for other classes is, too."""
+    return 'exits' if model.num_classes == model.pretrained_cfg.get('num_classes') else 'all classifiers'
 
 
 def _refuse(args: argparse.Namespace, kind: str, *names: str) -> None:
@@ -141,8 +161,13 @@ def load_settings(path: str) -> Dict[str, Any]:
         raise ValueError(f"'{path}' is no file of `timm-eed calibrate --json`: {error}") from error
 
 
-def load_data(args: argparse.Namespace, inputs: Inputs) -> Any:
+def load_data(args: argparse.Namespace, inputs: Inputs, images: Optional[int] = None) -> Any:
     """A loader of the images that the flags of `add_data_arguments` name, prepared for the model.
+
+    Args:
+        args: The flags.
+        inputs: The model.
+        images: Only so many, from all over the data and in random order (of streamed data the first ones); all if None.
 
     Raises:
         ValueError: If the data is missing or does not fit the model.
@@ -156,4 +181,4 @@ def load_data(args: argparse.Namespace, inputs: Inputs) -> Any:
     flags.distributed, flags.img_dtype, flags.primary = False, torch.float32, True
     split = args.split or flags.val_split
     return create_evaluation_loader(
-        flags, split, inputs.data_config, inputs.model.num_classes, torch.device(args.device))
+        flags, split, inputs.data_config, inputs.model.num_classes, torch.device(args.device), images)

@@ -6,10 +6,19 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
+from torch.utils.data import IterableDataset, Subset
 
 from .augmentation import create_mixup, crop_from_padded, training_transforms
 from .errors import TrainingError
-from .splits import SkippingImageDataset, check_classes, check_same_classes, class_names, create_split, encode_labels
+from .splits import (
+    SkippingImageDataset,
+    check_classes,
+    check_evaluated_classes,
+    class_names,
+    create_split,
+    encode_labels,
+    spread_rows,
+)
 
 __all__ = ['Data', 'create_data', 'create_evaluation_loader']
 
@@ -123,10 +132,20 @@ def create_evaluation_loader(
         data_config: Dict[str, Any],
         num_classes: int,
         device: torch.device,
+        images: Optional[int] = None,
 ) -> Any:
     """A loader of one split without augmentation, for a model with `num_classes` outputs.
 
-    Where `args.class_names` says what the model was trained on, the data must have the same classes.
+    Where `args.class_names` (of a run) or `args.label_names` (published with a model) say what the model was trained
+    on, the data must have the same classes.
+
+    Args:
+        args: Parsed arguments.
+        split: Name of the split.
+        data_config: Input size, mean, std, .. as timm's `resolve_data_config` gives them.
+        num_classes: Outputs of the model.
+        device: Device of the batches.
+        images: Only so many, from all over the split and in random order; of streamed data the first ones.
 
     Raises:
         TrainingError: If the split is missing or empty, or the classes disagree.
@@ -134,12 +153,17 @@ def create_evaluation_loader(
     dataset = create_split(args, split, data_config, training=False, flag='--split')
     if dataset is None:
         raise TrainingError("--split is empty; name a split, as in --split validation.")
-    check_classes(args, dataset, None, num_classes)
-    names, trained_on = class_names(dataset), getattr(args, 'class_names', None)
-    if names and trained_on and not args.class_map:
-        check_same_classes('the model', trained_on, 'the data', [str(name) for name in names])
+    if not args.class_map:
+        check_evaluated_classes(
+            class_names(dataset), num_classes, getattr(args, 'class_names', None), getattr(args, 'label_names', None))
     encode_labels(args, dataset, num_classes)
-    return _evaluation_loader(args, dataset, data_config, _loader_kwargs(args, data_config, device))
+    loader = _loader_kwargs(args, data_config, device)
+    if images is None or isinstance(dataset, IterableDataset):
+        return _evaluation_loader(args, dataset, data_config, loader)
+    part: Any = Subset(dataset, spread_rows(len(dataset), images))
+    created = _evaluation_loader(args, part, data_config, loader)
+    dataset.transform = part.transform  # timm sets it on what it is given
+    return created
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from .digits import Digits
 from .errors import TrainingError
 
 __all__ = [
-    'SkippingImageDataset', 'check_classes', 'check_same_classes', 'class_names', 'create_split', 'encode_labels']
+    'SkippingImageDataset', 'check_classes', 'check_evaluated_classes', 'check_same_classes', 'class_names',
+    'create_split', 'encode_labels', 'spread_rows']
 
 _logger = logging.getLogger(__name__)
 
@@ -177,6 +178,51 @@ def check_classes(args: argparse.Namespace, train: Any, validation: Optional[Any
         _logger.warning(
             f'The data has {len(classes)} classes, the model its default of {num_classes} outputs; '
             f'--num-classes {len(classes)} would fit.')
+
+
+def check_evaluated_classes(
+        classes: Optional[Sequence[Any]],
+        num_classes: int,
+        class_names: Optional[Sequence[str]],
+        label_names: Optional[Any],
+) -> None:
+    """Raise a TrainingError if data that a model is evaluated on has other classes than the model.
+
+    Args:
+        classes: Class names of the data in index order; nothing is checked where they are unknown.
+        num_classes: Outputs of the model.
+        class_names: Those of its training data; None if unknown.
+        label_names: What was published with it. These may be other words, so that only another order of the same ones
+            is surely wrong.
+    """
+    if not classes:
+        return
+    names = [str(name) for name in classes]
+    if class_names:
+        check_same_classes('the model', class_names, 'the data', names)
+    if len(names) > num_classes:
+        raise TrainingError(
+            f'The data has {len(names)} classes and the model {num_classes} outputs: it was made for other data. '
+            f'(A timm model takes --num-classes {len(names)}.)')
+    if isinstance(label_names, (list, tuple)):
+        labels = [str(name) for name in label_names]
+        if set(labels) == set(names):
+            check_same_classes('the model', labels, 'the data', names)
+        else:
+            _logger.warning(
+                f"The model calls its classes {', '.join(labels[:3])}, .., the data "
+                f"{', '.join(names[:3])}, ..: results are right only if both mean the same in this order.")
+    elif len(names) < num_classes:
+        _logger.warning(f'The data has {len(names)} classes, the model {num_classes} outputs: results are right only '
+                        f'if the first {len(names)} outputs are these classes.')
+
+
+def spread_rows(total: int, count: int) -> List[int]:
+    """Indices of at most `count` of `total` samples from all over a data set (folders come class by class), in random
+    order, always the same."""
+    count = min(count, total)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return [i * total // count for i in order.tolist()]
 
 
 def check_same_classes(first: str, names: Sequence[str], second: str, others: Sequence[str]) -> None:
