@@ -25,7 +25,8 @@ RESULTS = ROOT / 'docs' / 'study'
 SEEDS = {
     'full_none': 3, 'full_ce': 3, 'full_eed_kl': 3,
     'small_none': 5, 'small_ce': 5, 'small_kd_kl': 5, 'small_eed_kl': 5, 'small_eed_mse': 5,
-    'small_eed_kl_exit1_main': 3}
+    'small_eed_kl_exit1_main': 3,
+    'long_none': 3, 'long_ce': 3, 'long_eed_kl': 3}
 SMALL, VALIDATION = 500, 200  # images per class
 
 

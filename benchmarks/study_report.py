@@ -22,12 +22,15 @@ RESULTS = ROOT / 'docs' / 'study'
 SMALL = {'small_none': 'no exits', 'small_ce': 'exits, labels alone (2)', 'small_kd_kl': 'main network teaches, KL (4)',
          'small_eed_kl': 'EED, KL (8)', 'small_eed_mse': 'EED, MSE (8)'}
 FULL = {'full_none': 'no exits', 'full_ce': 'exits, labels alone (2)', 'full_eed_kl': 'EED, KL (8)'}
+LONG = {'long_none': 'no exits', 'long_ce': 'exits, labels alone (2)', 'long_eed_kl': 'EED, KL (8)'}
+REGIMES = {'small': ('small data, wide network', SMALL), 'full': ('all data, small network', FULL),
+           'long': ('small data, small network, 200 epochs', LONG)}
 TEACHERS = {'small_kd_kl': 'main', 'small_eed_kl_exit1_main': 'exit1 + main', 'small_eed_kl': 'all (ensemble)'}
 PAIRS = [  # what is compared: first minus second
     ('small_eed_kl', 'small_ce'), ('small_eed_kl', 'small_none'), ('small_eed_mse', 'small_ce'),
     ('small_eed_mse', 'small_none'), ('small_ce', 'small_none'), ('small_kd_kl', 'small_none'),
     ('small_eed_kl', 'small_kd_kl'), ('full_eed_kl', 'full_ce'), ('full_eed_kl', 'full_none'),
-    ('full_ce', 'full_none')]
+    ('full_ce', 'full_none'), ('long_eed_kl', 'long_ce'), ('long_eed_kl', 'long_none'), ('long_ce', 'long_none')]
 CLASSIFIERS = ('exit1', 'exit2', 'main', 'ensemble')  # both networks have three stages
 LAST = 10  # epochs over which fluctuation is measured
 SHARE = .95  # of the plain network's last accuracy: when a run counts as there
@@ -127,6 +130,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def accuracy_table(study: Study, methods: Dict[str, str], metric: str = 'top1') -> str:
     """Mean and standard deviation of every classifier."""
+    if not any(map(study.test, methods)):
+        return 'No runs yet.'
     return _table(['method', 'n', *CLASSIFIERS], [
         [label, str(len(study.test(config))), *(mean_and_std(study.test(config, name, metric)) for name in CLASSIFIERS)]
         for config, label in methods.items() if study.test(config)])
@@ -134,11 +139,11 @@ def accuracy_table(study: Study, methods: Dict[str, str], metric: str = 'top1') 
 
 def pairs_table(study: Study) -> str:
     """Paired differences of the main network's test accuracy, and what they show."""
-    labels = {**SMALL, **FULL}
     rows = []
     for first, second in PAIRS:
         if (difference := paired(study.test(first), study.test(second))) is not None:
             regime = first.partition('_')[0]
+            labels = REGIMES[regime][1]
             rows.append([regime, f'{labels[first]} against {labels[second]}', str(difference), difference.verdict])
     return _table(['regime', 'main network', 'difference in points (95 % interval)', ''], rows)
 
@@ -146,11 +151,11 @@ def pairs_table(study: Study) -> str:
 def behaviour_table(study: Study) -> str:
     """Fluctuation, convergence and calibration of the main network."""
     rows = []
-    for methods, plain in ((SMALL, 'small_none'), (FULL, 'full_none')):
+    for regime, (_, methods) in REGIMES.items():
         for config, label in methods.items():
             if study.test(config):
-                rows.append([config.partition('_')[0], label, mean_and_std(study.fluctuation(config)),
-                             mean_and_std(study.epochs_to_plain(config, plain)),
+                rows.append([regime, label, mean_and_std(study.fluctuation(config)),
+                             mean_and_std(study.epochs_to_plain(config, f'{regime}_none')),
                              mean_and_std(study.test(config, 'main', 'ece'))])
     return _table(['regime', 'method', 'change from epoch to epoch (points)',
                    f"epochs to {SHARE:.0%} of the plain network's accuracy", 'calibration error (%)'], rows)
@@ -170,12 +175,12 @@ def teacher_table(study: Study) -> str:
 
 
 def readme_table(study: Study) -> str:
-    """Main network and ensemble of both regimes, with the paired difference to no exits; no single runs."""
+    """Main network and ensemble of every regime, with the paired difference to no exits; no single runs."""
     rows = []
-    for methods, plain, regime in ((SMALL, 'small_none', 'small data, wide network'),
-                                   (FULL, 'full_none', 'all data, small network')):
+    for name, (regime, methods) in REGIMES.items():
         for config, label in methods.items():
             if len(study.test(config)) > 1:
+                plain = f'{name}_none'
                 difference = paired(study.test(config), study.test(plain)) if config != plain else None
                 rows.append([regime, label, str(len(study.test(config))), mean_and_std(study.test(config)),
                              difference.interval if difference else '',
@@ -234,11 +239,12 @@ def main() -> None:
     study = Study(RESULTS)
     fill(ROOT / 'docs' / 'study.md', dict(
         small=lambda: accuracy_table(study, SMALL), full=lambda: accuracy_table(study, FULL),
+        long=lambda: accuracy_table(study, LONG),
         pairs=lambda: pairs_table(study), behaviour=lambda: behaviour_table(study),
         teachers=lambda: teacher_table(study), short=lambda: accuracy_table(Study(RESULTS / 'short'), SMALL)))
     fill(ROOT / 'README.md', dict(study=lambda: readme_table(study)))
-    draw(study, SMALL, ['main', 'ensemble'], RESULTS / 'curves_small.png')
-    draw(study, FULL, ['main', 'ensemble'], RESULTS / 'curves_full.png')
+    for name, (_, methods) in REGIMES.items():
+        draw(study, methods, ['main', 'ensemble'], RESULTS / f'curves_{name}.png')
 
 
 if __name__ == '__main__':
