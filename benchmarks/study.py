@@ -2,7 +2,7 @@
 
     python benchmarks/study.py prepare --download --data DIR          # CIFAR-10, or --source FOLDER for an ImageFolder
     python benchmarks/study.py run --data DIR --output RUNS --jobs 2  # resumable: start it again after a stop
-    python benchmarks/study.py collect --output RUNS                  # docs/study/*.csv from the runs' own files
+    python benchmarks/study.py collect --output RUNS                  # their results into docs/study/*.csv
 
 A run is one YAML of benchmarks/study/ with one seed, trained by train_eed.py in a process of one thread and then
 evaluated on the test images, once, at its last epoch, by `timm-eed validate`.
@@ -28,6 +28,7 @@ SEEDS = {
     'small_eed_kl_exit1_main': 3,
     'long_none': 3, 'long_ce': 3, 'long_eed_kl': 3}
 SMALL, VALIDATION = 500, 200  # images per class
+Row = Dict[str, str]
 
 
 def main() -> None:
@@ -140,31 +141,43 @@ def one_run(args: argparse.Namespace, name: str, seed: int) -> None:
 
 
 def collect(args: argparse.Namespace) -> None:
-    """results.csv (test metrics by run and classifier) and curves.csv (epochs) of all finished runs."""
-    results: List[Dict[str, object]] = []
-    curves: List[Dict[str, object]] = []
+    """results.csv (test metrics by run and classifier) and curves.csv (epochs) of all finished runs. Rows of other runs
+    stay: a study can be made in several places."""
+    results: List[Row] = []
+    curves: List[Row] = []
     for name in SEEDS:
-        for folder in sorted(Path(args.output).glob(f'{name}-seed*')):
+        for folder in Path(args.output).glob(f'{name}-seed*'):
             if not (folder / 'test.json').exists():
                 continue
-            seed = int(folder.name.rsplit('seed', 1)[1])
+            seed = folder.name.rsplit('seed', 1)[1]
             for classifier, row in json.loads((folder / 'test.json').read_text())['metrics'].items():
                 results.append(dict(config=name, seed=seed, classifier=classifier,
                                     **{key: f'{value:.4f}' for key, value in row.items()}))
             for split, by_classifier in read_curves(str(folder)).items():
                 for classifier, values in by_classifier.items():
-                    curves += [dict(config=name, seed=seed, epoch=epoch, split=split, classifier=classifier,
+                    curves += [dict(config=name, seed=seed, epoch=str(epoch), split=split, classifier=classifier,
                                     top1=f'{value:.2f}') for epoch, value in enumerate(values)]
     if not results:
         raise SystemExit(f'{args.output} has no finished runs; they come from: python benchmarks/study.py run')
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
-    for path, rows in ((folder / 'results.csv', results), (folder / 'curves.csv', curves)):
-        with open(path, 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f'{path}: {len(rows)} rows')
+    update(folder / 'results.csv', results)
+    update(folder / 'curves.csv', curves)
+
+
+def update(path: Path, rows: List[Row]) -> None:
+    """Put the rows of some runs into a file, in place of older ones of the same runs."""
+    runs = {(row['config'], row['seed']) for row in rows}
+    if path.exists():
+        with open(path, newline='', encoding='utf-8') as file:
+            rows = rows + [row for row in csv.DictReader(file) if (row['config'], row['seed']) not in runs]
+    order = list(SEEDS)
+    rows.sort(key=lambda row: (order.index(row['config']), int(row['seed'])))  # stable: epochs stay in order
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f'{path}: {len(rows)} rows, {len(runs)} runs new or anew')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,7 @@
 """The study behind docs/study.md: splits, runs, collection and the figures of the report."""
 import csv
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,18 @@ def test_prepare_run_and_collect(small_study, capfd):
     with open(Path(runs, 'small_none-seed1', 'summary.csv')) as file:
         epochs = [float(row['eval_top1']) for row in csv.DictReader(file)]
     assert np.allclose(found.curves['small_none', 'eval', 'main'][1], epochs, atol=.005) and len(epochs) == 2
+
+    tables = [(small_study / 'results' / name).read_text() for name in ('results.csv', 'curves.csv')]
+    shutil.rmtree(Path(runs, 'small_none-seed0'))  # of another machine, say
+    study.main()
+    assert tables == [(small_study / 'results' / name).read_text() for name in ('results.csv', 'curves.csv')]
+
+    changed = json.loads(Path(runs, 'small_none-seed1', 'test.json').read_text())
+    changed['metrics']['main']['top1'] = 12.5
+    Path(runs, 'small_none-seed1', 'test.json').write_text(json.dumps(changed))
+    before = found.test('small_none')
+    study.main()
+    assert study_report.Study(small_study / 'results').test('small_none') == {0: before[0], 1: 12.5}
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
