@@ -75,9 +75,11 @@ def run(args: Namespace) -> Dict[str, float]:
     model = build_model(args, device)
     data_config = input_config(args, model)
     data = create_data(args, data_config, model.num_classes, device)
+    if args.torchscript:
+        model = torch.jit.script(model)  # behind what reads the model's data settings, which scripting loses
     task = build_task(args, model, device, data_config)
     check_metric(args, task)
-    optimizer = build_optimizer(args, model)
+    optimizer = build_optimizer(args, task.get_trainable_module())
     precision = Precision(args, device)
     if args.model_ema:
         task.setup_ema(
@@ -93,8 +95,8 @@ def run(args: Namespace) -> Dict[str, float]:
     complete = start.epoch >= num_epochs
     saver = None
     if not complete or (found and continues_in_place(args, found)):  # a kill may have left links to be made
-        saver = open_run(args, command, model, task, optimizer, precision, scheduler, data_config, found, start)
-        write_classes(args, data)
+        saver = open_run(
+            args, command, model, task, optimizer, precision, scheduler, data_config, found, start, complete)
     del found  # the weights in it
     if complete:
         _logger.info(f'The run is complete, there is nothing left to train ({start.epoch} of {num_epochs} epochs).')
@@ -102,6 +104,7 @@ def run(args: Namespace) -> Dict[str, float]:
             push(args, sections)
         return {}
     if args.primary:
+        write_classes(args, data)
         log_plan(args, model, data, data_config, start.epoch, num_epochs)
     start.restore_random_state()
     metrics = fit(args, task, data, optimizer, precision, scheduler, saver, start, num_epochs)
@@ -170,8 +173,12 @@ def open_run(
         data_config: Dict[str, Any],
         found: Optional[Tuple[str, Dict[str, Any]]],
         start: Start,
+        complete: bool,
 ) -> Optional[RunSaver]:
-    """Make the run's folder with args.yaml in it, and the checkpoint saver; on the first process only."""
+    """Make the run's folder with args.yaml in it, and the checkpoint saver; on the first process only.
+
+    The record of a run that is complete stays as it is, whatever the flags of this command are.
+    """
     args.run_dir = None
     if not args.primary:
         return None
@@ -182,8 +189,9 @@ def open_run(
         args.run_dir = get_outdir(args.output or './output/train', name)
     except OSError as error:
         raise TrainingError(f'--output: cannot make the folder of the run: {error}') from error
-    text = yaml.safe_dump(command, sort_keys=False)
-    write_atomically(os.path.join(args.run_dir, 'args.yaml'), lambda file: file.write(text.encode()))
+    if not complete:
+        text = yaml.safe_dump(command, sort_keys=False)
+        write_atomically(os.path.join(args.run_dir, 'args.yaml'), lambda file: file.write(text.encode()))
     saved_args = Namespace(**command)  # what the command said; devices and dtypes are this machine's matter
     saver = RunSaver(
         model, optimizer, args=saved_args, amp_scaler=precision.scaler, checkpoint_dir=args.run_dir,
@@ -192,14 +200,14 @@ def open_run(
     if found and continues_in_place(args, found):
         saver.continue_run(found[1], found[0])
     trim_summary(os.path.join(args.run_dir, 'summary.csv'), start.epoch)
-    if args.log_wandb:
+    if args.log_wandb and not complete:
         start_wandb(args, command)
     return saver
 
 
 def write_classes(args: Namespace, data: Data) -> None:
     """Keep the names of the classes with the run, so that it is evaluated on no others."""
-    if args.primary and data.classes and not args.class_map:
+    if data.classes and not args.class_map:
         text = json.dumps([str(name) for name in data.classes], indent=0)
         write_atomically(os.path.join(args.run_dir, CLASSES), lambda file: file.write(text.encode()))
 
@@ -218,7 +226,7 @@ def start_wandb(args: Namespace, command: Dict[str, Any]) -> None:
 def log_wandb(row: Dict[str, Any]) -> None:
     """Send a row of the summary to Weights & Biases."""
     import wandb
-    wandb.log(row)
+    wandb.log({name: value for name, value in row.items() if value != ''})  # empty where nothing was evaluated
 
 
 def log_plan(

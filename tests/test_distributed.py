@@ -38,7 +38,8 @@ def commands():
     """Whole, stopped and resumed, frozen and streamed runs."""
     whole = [*SMALL, '--eed-beta', '1', '--model-ema', '--model-ema-decay', '.9', '--mixup', '.2', '--experiment']
     runs = [
-        [*whole, 'whole', '--epochs', '2'],
+        [*whole, 'whole', '--epochs', '2', '--recovery-interval', '2'],
+        [*whole, 'behind', '--epochs', '2', '--resume', 'out/whole/recovery-1-1.pth.tar'],
         [*whole, 'parts', '--epochs', '1'],
         [*whole, 'parts', '--epochs', '2', '--resume', 'auto'],
         [*SMALL, '--epochs', '1', '--eed-method', 'none', '--experiment', 'plain'],
@@ -147,6 +148,15 @@ def test_resumed_run_ends_with_the_same_weights(runs):
         assert all(torch.equal(parts[key][name], value) for name, value in whole[key].items())
     assert [{**row, 'train_images_per_second': ''} for row in rows_of(runs / 'parts')] == [
         {**row, 'train_images_per_second': ''} for row in rows_of(runs / 'whole')]
+
+
+def test_within_an_epoch_too(runs):
+    """There each process has batch norm statistics of its own, which the end of the epoch averages."""
+    whole, behind = load(runs / 'whole/last.pth.tar'), load(runs / 'behind/last.pth.tar')
+    for key in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(behind[key][name], value) for name, value in whole[key].items())
+    assert [{**row, 'train_images_per_second': ''} for row in rows_of(runs / 'behind')] == [
+        {**row, 'train_images_per_second': ''} for row in rows_of(runs / 'whole')[1:]]
 
 
 def test_frozen_backbone_stays_bit_for_bit(runs):

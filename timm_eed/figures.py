@@ -6,7 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 
-from .curves import Group
+from .curves import Group, measured_epochs
 
 __all__ = ['SPLITS', 'TradeOff', 'curves_figure', 'dissimilarity_figure', 'right_wrong_figure', 'trade_off_figure']
 
@@ -36,7 +36,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> Any:
 def _line(axes: Any, values: np.ndarray, color: str, label: str) -> None:
     """Mean over runs with a band of one standard deviation, [runs, epochs]; epochs that were not measured are left out.
     """
-    epochs = np.flatnonzero(~np.isnan(values).any(0))
+    epochs = measured_epochs(values)
     mean = values[:, epochs].mean(0)
     axes.plot(epochs + 1, mean, color=color, label=label, linewidth=1.4)
     if len(values) > 1:

@@ -39,6 +39,11 @@ def load_teacher(
         raise ValueError(
             f"The teacher '{name}' has {teacher.num_classes} classes, the model {model.num_classes}: it knows nothing "
             'about them. Choose one that was trained on these classes.')
+    # timm adapts the weights to other numbers of channels, but not what the images are normalised by
+    for name in ('mean', 'std'):
+        values = teacher.pretrained_cfg[name]
+        if len(values) != model.in_chans:
+            teacher.pretrained_cfg[name] = (sum(values) / len(values),) * model.in_chans
     return DistillationTeacher(teacher, device=device, dtype=dtype)
 
 

@@ -17,7 +17,7 @@ from ..analysis import (
     right_wrong_counts,
     score_classifiers,
 )
-from ..curves import Group, group_runs
+from ..curves import Group, group_runs, measured_epochs
 from ..figures import SPLITS, curves_figure, dissimilarity_figure, right_wrong_figure
 from ..model_card import accuracy_figure, exit_results
 from ..multi_exit import MultiExitWrapper, classifier_names
@@ -64,17 +64,20 @@ Part = Tuple[str, str, Any]  # heading, text under it, a figure or the rows of a
 
 
 def curve_parts(groups: List[Group]) -> List[Part]:
-    """Accuracy over epochs, and at the last one."""
+    """Accuracy over epochs, and at the last one that all runs of a kind have measured."""
     rows: List[List[str]] = []
     split = 'eval' if any(group.curves['eval'] for group in groups) else 'train'
     for group in groups:
         for name, values in group.curves[split].items():
-            last = values[:, -1]
+            epochs = measured_epochs(values)
+            if not len(epochs):
+                continue
+            last = values[:, epochs[-1]]
             std = f'{last.std(ddof=1):.2f}' if len(last) > 1 else ''
-            rows.append([f'{group.label}, {name}', f'{last.mean():.2f}', std, str(len(last))])
+            rows.append([f'{group.label}, {name}', str(epochs[-1] + 1), f'{last.mean():.2f}', std, str(len(last))])
     return [
         ('Accuracy over epochs', 'Bands: one standard deviation over runs.', curves_figure(groups)),
-        ('Last epoch', f'Accuracy on the {SPLITS[split]}.', [['', 'top-1 (%)', 'std', 'n'], *rows]),
+        ('Last epoch', f'Accuracy on the {SPLITS[split]}.', [['', 'epoch', 'top-1 (%)', 'std', 'n'], *rows]),
     ]
 
 

@@ -90,6 +90,9 @@ def _check_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.loss == 'db':
         parser.error("--loss db needs counts of the classes, which no flag gives; use timm's "
                      'DistributionBalancedLoss in a loop of your own.')
+    if args.use_multi_epochs_loader and args.mixup_off_epoch and args.workers and not args.no_prefetcher:
+        parser.error('--use-multi-epochs-loader keeps loader processes alive, which would not hear of '
+                     '--mixup-off-epoch; drop one of the two, or add --no-prefetcher.')
     if args.train_img_sizes and args.crop_padding is not None:
         parser.error('--crop-padding crops to one size; drop it or --train-img-sizes.')
     if any(size % 2 for size in args.train_batch_sizes or []) and (

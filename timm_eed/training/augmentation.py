@@ -24,7 +24,8 @@ def crop_from_padded(dataset: Any, input_size: Tuple[int, int, int], padding: in
 
 def training_transforms(args: argparse.Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments of timm's `create_loader` that make it one for training."""
-    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
+    own = args.no_aug or not args.train_interpolation
+    interpolation = data_config['interpolation'] if own else args.train_interpolation
     return dict(
         batch_size=args.batch_size,
         is_training=True,

@@ -113,12 +113,12 @@ def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
     if args.initial_checkpoint:
         load_initial_checkpoint(model, args.initial_checkpoint)
     _init_heads(args, model)
-    if isinstance(model, MultiExitWrapper) and args.freeze_backbone:
-        model.freeze_backbone()
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    if isinstance(model, MultiExitWrapper) and args.freeze_backbone:
+        model.freeze_backbone()  # behind the conversion, which makes new parameters
     model.to(device=device, dtype=args.img_dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -126,7 +126,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> TimmModel:
         if device.type == 'cpu':
             raise TrainingError('--sync-bn: PyTorch shares batch norm statistics on GPUs only; drop it on the CPU.')
         model = convert_sync_batchnorm(model)
-    return torch.jit.script(model) if args.torchscript else model
+    return model
 
 
 def make_model(args: argparse.Namespace) -> TimmModel:
@@ -260,8 +260,11 @@ def _plain_task(args: argparse.Namespace, model: nn.Module, common: Dict[str, An
         model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **weights, **common)
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer over the model's parameters; fills in `args.lr` from the global batch where it is not given."""
+def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer over all parameters of the task's trainable module, which may have more than the model.
+
+    Fills in `args.lr` from the global batch where it is not given.
+    """
     if args.lr is None:
         batch = args.batch_size * args.world_size * args.grad_accum_steps
         scale = args.lr_base_scale or ('sqrt' if any(o in args.opt.lower() for o in ('ada', 'lamb')) else 'linear')
@@ -271,7 +274,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
             _logger.info(
                 f'Learning rate {args.lr:.4g} from --lr-base {args.lr_base} and a global batch of {batch} ({scale}).')
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        return create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except (ValueError, TypeError) as error:
         raise TrainingError(f"Cannot make the optimizer '{args.opt}': {error}") from error
 

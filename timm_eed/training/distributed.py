@@ -1,7 +1,8 @@
 """What the processes of a run have to have in common."""
 import argparse
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List, Tuple
 
+import torch
 import torch.distributed as dist
 from timm.task import TrainingTask
 from timm.utils import distribute_bn, unwrap_model
@@ -11,7 +12,7 @@ from .data import Data
 from .errors import TrainingError
 from .splits import class_names
 
-__all__ = ['check_processes_agree', 'share_batch_norm']
+__all__ = ['check_processes_agree', 'own_statistics', 'restore_statistics', 'share_batch_norm']
 
 
 def check_processes_agree(args: argparse.Namespace, data: Data, start: Start) -> None:
@@ -35,6 +36,32 @@ def check_processes_agree(args: argparse.Namespace, data: Data, start: Start) ->
                 raise TrainingError(
                     f'The processes do not agree about the {name}: {value} in process 0, {other.get(name)} in process '
                     f'{rank}. All machines need the same data (--data) and the same checkpoint (--resume).')
+
+
+def own_statistics(args: argparse.Namespace, task: TrainingTask) -> Dict[str, torch.Tensor]:
+    """Batch norm statistics of the model and of its moving average, which differ between processes within an epoch.
+
+    Returns:
+        Floating-point buffers by name, on the CPU; nothing where there is only one process.
+    """
+    if not args.distributed:
+        return {}
+    return {name: buffer.cpu() for name, buffer in _statistics(task)}
+
+
+def restore_statistics(task: TrainingTask, saved: Dict[str, torch.Tensor]) -> None:
+    """Put back what `own_statistics` gave."""
+    for name, buffer in _statistics(task):
+        if name in saved:
+            buffer.copy_(saved[name])
+
+
+def _statistics(task: TrainingTask) -> Iterator[Tuple[str, torch.Tensor]]:
+    for ema in (False, True):
+        module = task.get_trainable_module(ema=ema)
+        for name, buffer in unwrap_model(module).named_buffers() if module is not None else ():
+            if buffer.is_floating_point():
+                yield ('ema.' if ema else 'model.') + name, buffer
 
 
 def share_batch_norm(args: argparse.Namespace, task: TrainingTask, ema: bool = False) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from typing import Any, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from timm.task import TrainingTask, evaluation_sample_limit
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .build import Precision
 from .data import Data
+from .distributed import own_statistics, restore_statistics
 from .errors import TrainingError
 from .loss_terms import LossTerms, batch_accuracy
 from .random_state import RandomState, gather_random_states, get_random_state, set_random_state
@@ -63,9 +64,11 @@ def train_one_epoch(
     updates, first = epoch * updates_per_epoch(num_batches, accum), 0
     at_start = gather_random_states(get_random_state()) if args.recovery_interval else []
     batches = iter(_progress(data.train, f'epoch {epoch}', args))
-    if position is not None:
+    if position is not None and _same_batches(position, num_batches, args):
         first, updates = position['batch'], position['updates']
         _go_behind(position, batches, terms, scheduler, args)
+        if 'statistics' in position:
+            restore_statistics(task, position['statistics'][args.rank])
     start, seen = time.time(), 0
     for step in range(first, num_batches):
         recovery = _saves_recovery(step, num_batches, args)
@@ -97,7 +100,9 @@ def train_one_epoch(
                     _save_images(x, epoch, step, args)
         if recovery:
             terms.check(epoch)
-            here = _position(step + 1, updates, before, terms)
+            here = dict(
+                _position(step + 1, updates, before, terms), batches=_batches(num_batches, args),
+                statistics=gather_random_states(own_statistics(args, task)))
             if saver is not None:
                 saver.random_states = at_start
                 saver.save_recovery(epoch, step, here)
@@ -158,6 +163,23 @@ def _position(done: int, updates: int, before_last: RandomState, terms: LossTerm
     ranks = gather_random_states({**get_random_state(), **terms.state()})
     return dict(
         batch=done, updates=updates, ranks=ranks, before_last=gather_random_states(before_last), terms=terms.names)
+
+
+def _batches(num_batches: int, args: argparse.Namespace) -> List[int]:
+    """What a place within an epoch is counted in."""
+    return [num_batches, args.batch_size, args.grad_accum_steps]
+
+
+def _same_batches(position: Dict[str, Any], num_batches: int, args: argparse.Namespace) -> bool:
+    """Whether a place within an epoch means the same images now; says so where it does not."""
+    now = _batches(num_batches, args)
+    if position.get('batches', now) == now:
+        return True
+    if args.primary:
+        was = '{} batches of {}, {} to an update'.format(*position['batches'])
+        _logger.warning(f'The checkpoint was written within an epoch of {was}; this run has {now[0]} of {now[1]}, '
+                        f'{now[2]} to an update, so that the epoch begins anew.')
+    return False
 
 
 def _go_behind(

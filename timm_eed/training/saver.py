@@ -110,6 +110,8 @@ class RunSaver(CheckpointSaver):
 
     def _duplicate(self, src: str, dst: str) -> None:
         """Link or copy, without a moment in which `dst` is missing or incomplete."""
+        if os.path.exists(dst) and os.path.samefile(src, dst):
+            return  # a rename onto the same file would do nothing and leave the temporary name
         temporary = f'{dst}.tmp'
         if os.path.exists(temporary):
             os.remove(temporary)
