@@ -79,7 +79,7 @@ def run(args: Namespace) -> Dict[str, float]:
         model = torch.jit.script(model)  # behind what reads the model's data settings, which scripting loses
     task = build_task(args, model, device, data_config)
     check_metric(args, task)
-    optimizer = build_optimizer(args, task.get_trainable_module())
+    optimizer = build_optimizer(args, task)
     precision = Precision(args, device)
     if args.model_ema:
         task.setup_ema(

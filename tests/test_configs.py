@@ -54,7 +54,7 @@ def test_two_steps(path, caplog):
     assert model.num_classes == (100 if path.stem.startswith('cifar') else 1000)
     assert getattr(model, 'num_exits', 1) == len(yaml.safe_load(path.read_text())['paper'])
     task = build.build_task(args, model, device)
-    optimizer = build.build_optimizer(args, model)
+    optimizer = build.build_optimizer(args, task)
     _, epochs = build.build_scheduler(args, optimizer, 1)
     assert epochs == args.epochs
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

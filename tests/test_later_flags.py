@@ -13,6 +13,7 @@ from timm_eed.training.checkpoint import load_checkpoint
 
 FLAGS = ('--dataset eed/digits --model test_resnet --num-classes 10 --input-size 1 32 32 --mean .3 --std .4 '
          '--warmup-epochs 0 --batch-size 128 --workers 0 --device cpu --lr .05 --train-batches-per-epoch 2').split()
+RGB = ('--input-size', '3', '32', '32', '--mean', '.3', '.3', '.3', '--std', '.4', '.4', '.4')
 
 
 @pytest.fixture
@@ -75,11 +76,20 @@ def test_an_external_teacher_from_a_folder(train, tmp_path):
     folder = train('--epochs', '1', '--kd-model-name', name, '--task-loss-weight', '.5')
     row = rows_of(folder)[0]
     assert float(row['train_kd_loss']) > 0 and 'eval_top1_exit1' in row
-    rgb = ('--input-size', '3', '32', '32', '--mean', '.3', '.3', '.3', '--std', '.4', '.4', '.4')
     timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=10), tmp_path / 'teacher', model_config={},
                             safe_serialization=True)
-    row = rows_of(train('--epochs', '1', '--kd-model-name', name, '--eed-method', 'none', *rgb, experiment='plain'))[0]
+    row = rows_of(train('--epochs', '1', '--kd-model-name', name, '--eed-method', 'none', *RGB, experiment='plain'))[0]
     assert float(row['train_loss']) > 0 and 'eval_top1_exit1' not in row
+
+
+def test_feature_distillation_trains_its_projection(train, tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=10), tmp_path / 'teacher', model_config={},
+                            safe_serialization=True)
+    folder = train(
+        *RGB, '--epochs', '2', '--eed-method', 'none', '--model', 'test_convnext', '--kd-distill-type', 'feature',
+        '--kd-model-name', f"local-dir:{tmp_path / 'teacher'}", '--weight-decay', '0')
+    first, second = (load_checkpoint(str(folder / f'checkpoint-{epoch}.pth.tar'))['task_state'] for epoch in (0, 1))
+    assert not torch.equal(first['projection']['weight'], second['projection']['weight'])
 
 
 def test_several_image_sizes(train):
@@ -88,12 +98,19 @@ def test_several_image_sizes(train):
     assert len(rows_of(folder)) == 2
 
 
-def test_steps_per_epoch_images_and_torchscript(train, caplog):
+def test_steps_per_epoch_images_and_torchscript(train, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
         folder = train('--epochs', '1', '--log-interval', '1', '--save-images', '--recovery-interval', '1')
     assert [p.name for p in folder.glob('*.jpg')] == ['train-epoch-0-step-0.jpg']  # 2 steps, the last is the epoch's
     assert 'step 1/2' in caplog.text
     plain = train('--epochs', '1', '--eed-method', 'none', '--torchscript', experiment='script')
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train_eed, 'create_data', lambda args, data_config, *_: seen.append(data_config) or 1 / 0)
+        for flags in (['--torchscript'], []):
+            with pytest.raises(ZeroDivisionError):
+                train_eed.main(['--model', 'test_vit', '--eed-method', 'none', '--device', 'cpu', *flags])
+    assert seen[0] == seen[1] and seen[0]['input_size'] == (3, 160, 160)
     assert len(rows_of(plain)) == 1 and not any('exit' in key for key in load_checkpoint(
         str(plain / 'last.pth.tar'))['state_dict'])
 
@@ -134,6 +151,7 @@ def test_what_cannot_be_done_ends_with_a_sentence(train, flags, message, monkeyp
 @pytest.mark.parametrize('flags, message', [
     (['--crop-padding', '2', '--train-img-sizes', '32', '48'], '--crop-padding crops to one size'),
     (['--mixup', '.2', '--train-img-sizes', '32', '48', '--train-batch-sizes', '16', '17'], 'must be even'),
+    (['--mixup', '.2', '--mixup-off-epoch', '1', '--use-multi-epochs-loader', '-j', '1'], 'not hear of'),
 ])
 def test_flags_that_do_not_go_together(train, flags, message, capsys):
     with pytest.raises(SystemExit):

@@ -45,6 +45,34 @@ def test_runs_are_grouped_by_what_sets_them_apart(runs):
         curves.group_runs([str(runs)])
 
 
+def test_data_sets_are_not_seeds(runs, tmp_path):
+    for name, data in (('a', '/here/flowers'), ('b', '/there/flowers/'), ('c', '/here/cars')):
+        shutil.copytree(runs / 'a', tmp_path / name)
+        with open(tmp_path / name / 'args.yaml', 'a') as file:
+            file.write(f'data_dir: {data}\n')
+    groups = curves.group_runs([str(tmp_path / name) for name in 'abc'])
+    assert [(group.label, len(group.folders)) for group in groups] == [('data_dir flowers', 2), ('data_dir cars', 1)]
+
+
+def test_epochs_are_those_of_the_summary(runs, tmp_path):
+    """A run that goes on in another folder begins at a later epoch; one that still runs has fewer."""
+    def part(name, rows):
+        shutil.copytree(runs / 'none', tmp_path / name)
+        values = [dict(epoch=epoch, train_top1=epoch, eval_top1=value) for epoch, value in rows]
+        with open(tmp_path / name / 'summary.csv', 'w', newline='') as file:
+            writer = csv.DictWriter(file, list(values[0]))
+            writer.writeheader()
+            writer.writerows(values)
+        return str(tmp_path / name)
+    folders = [part('whole', [(0, 10.), (1, 20.), (2, 30.), (3, 40.)]), part('later', [(1, 22.), (2, 34.), (3, '')])]
+    group, = curves.group_runs(folders)
+    assert curves.measured_epochs(group.curves['eval']['main']).tolist() == [1, 2]
+    assert group.curves['eval']['main'][:, 2].tolist() == [30., 34.]
+    pytest.importorskip('matplotlib')
+    cli.main(['report', *folders, '--curves-only', '--output', str(tmp_path / 'out')])
+    assert '<td>3</td><td>32.00</td><td>2.83</td><td>2</td>' in (tmp_path / 'out/report.html').read_text()
+
+
 def test_validate_repeats_the_last_evaluation(runs, capsys, tmp_path):
     out = tmp_path / 'metrics.json'
     cli.main(['validate', str(runs / 'a'), '--subset', 'exit1+main', '--json', str(out), '--device', 'cpu', '-j', '0'])

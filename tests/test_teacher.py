@@ -53,6 +53,17 @@ def test_every_classifier_learns_from_the_teacher(parts, weights, expected):
     assert torch.allclose(result['loss'], expected[0] * plain + expected[1] * kd, atol=1e-4)
 
 
+def test_a_teacher_of_colours_teaches_grey_images(tmp_path):
+    teacher = timm.create_model('test_resnet', num_classes=5)
+    cfg = dict(mean=(.1, .2, .3), std=(.2, .3, .4))
+    timm.models.save_for_hf(teacher, tmp_path, model_config=dict(pretrained_cfg=cfg), safe_serialization=True)
+    model = timm_eed.create_model('test_resnet', num_classes=5, in_chans=1)
+    task = MultiExitDistillationTask(model, f'local-dir:{tmp_path}', mean=[.5], std=[.5], verbose=False)
+    assert task(torch.randn(2, 1, 32, 32), torch.tensor([0, 4]))['loss'].isfinite()
+    assert [t.numel() for t in (task.teacher.mean_kd, task.teacher.std_kd)] == [1, 1]
+    assert float(task.teacher.mean_kd) == pytest.approx(.2)
+
+
 def test_for_one_classifier_it_is_timms(parts):
     teacher, model, x, y = parts
     timms = LogitDistillationTask(

@@ -3,6 +3,8 @@ import json
 import logging
 import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +138,40 @@ def test_a_recovery_checkpoint_goes_on_with_another_loss(train):
     recovery = sorted(folder.glob('recovery-*'))[-1]
     other = train(*flags, '--mixup', '.2', '--resume', str(recovery), experiment='other')
     assert 'train_top1' not in rows_of(other)[0] and 0 < float(rows_of(other)[0]['train_loss']) < 20
+
+
+def test_a_place_within_an_epoch_of_other_batches_means_nothing(train, caplog):
+    folder = train('-b', '6', '--epochs', '1', '--recovery-interval', '4', '--sched', 'none')
+    recovery = str(sorted(folder.glob('recovery-*'))[-1])
+    other = train('-b', '12', '--epochs', '1', '--sched', 'none', '--resume', recovery, experiment='other')
+    assert '6 batches of 6, 1 to an update; this run has 3 of 12' in caplog.text and len(rows_of(other)) == 1
+
+
+def test_the_record_of_a_complete_run_stays(train, caplog):
+    folder = train()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    train('--epochs', '1', '--eed-alpha', '7', '--resume', 'auto')
+    assert 'there is nothing left to train (2 of 1 epochs)' in caplog.text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_weights_and_biases_gets_numbers_alone(monkeypatch):
+    rows = []
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(log=rows.append))
+    train_eed.log_wandb({'epoch': 0, 'train_loss': 1.5, 'eval_top1': ''})
+    assert rows == [{'epoch': 0, 'train_loss': 1.5}]
+
+
+def test_a_frozen_backbone_stays_with_split_batch_norm(train):
+    folder = train('--freeze-backbone', '--split-bn', '--aug-splits', '2')
+    first, last = (load(folder / f'checkpoint-{epoch}.pth.tar')['state_dict'] for epoch in (0, 1))
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert changed and all(name.startswith('exits.') for name in changed)
+
+
+def test_no_interpolation_means_the_models(train):
+    folder = train('--train-interpolation', '', '--epochs', '1')
+    assert float(rows_of(folder)[0]['train_loss']) > 0
 
 
 def test_two_runs_do_not_share_a_folder(train, capsys):

@@ -260,8 +260,8 @@ def _plain_task(args: argparse.Namespace, model: nn.Module, common: Dict[str, An
         model, teacher, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **weights, **common)
 
 
-def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer over all parameters of the task's trainable module, which may have more than the model.
+def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
+    """timm's optimizer over all that the task trains, which may be more than the model.
 
     Fills in `args.lr` from the global batch where it is not given.
     """
@@ -273,6 +273,7 @@ def build_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.
         if args.primary:
             _logger.info(
                 f'Learning rate {args.lr:.4g} from --lr-base {args.lr_base} and a global batch of {batch} ({scale}).')
+    module: Any = task.get_trainable_module()
     try:
         return create_optimizer_v2(module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except (ValueError, TypeError) as error:
