@@ -148,6 +148,28 @@ def pairs_table(study: Study) -> str:
     return _table(['regime', 'main network', 'difference in points (95 % interval)', ''], rows)
 
 
+def by_classifier_table(study: Study) -> str:
+    """Paired differences of every classifier to the same one trained with labels alone, beside its own accuracy."""
+    rows = []
+    for regime, (_, methods) in REGIMES.items():
+        for config, label in methods.items():
+            differences = [paired(study.test(config, name), study.test(f'{regime}_ce', name)) for name in CLASSIFIERS]
+            if config != f'{regime}_ce' and all(differences):
+                rows.append([regime, label, str(max(d.n for d in differences if d)),
+                             *(d.interval for d in differences if d)])
+    return _table(['regime', 'method, against labels alone (2)', 'n', *CLASSIFIERS], rows)
+
+
+def ensemble_table(study: Study) -> str:
+    """Is the teacher better than its best student? Ensemble minus main network of the same runs."""
+    rows = []
+    for regime, (_, methods) in REGIMES.items():
+        for config, label in methods.items():
+            if difference := paired(study.test(config, 'ensemble'), study.test(config)):
+                rows.append([regime, label, str(difference)])
+    return _table(['regime', 'method', 'ensemble minus main network, points (95 % interval)'], rows)
+
+
 def behaviour_table(study: Study) -> str:
     """Fluctuation, convergence and calibration of the main network."""
     rows = []
@@ -240,7 +262,8 @@ def main() -> None:
     fill(ROOT / 'docs' / 'study.md', dict(
         small=lambda: accuracy_table(study, SMALL), full=lambda: accuracy_table(study, FULL),
         long=lambda: accuracy_table(study, LONG),
-        pairs=lambda: pairs_table(study), behaviour=lambda: behaviour_table(study),
+        pairs=lambda: pairs_table(study), classifiers=lambda: by_classifier_table(study),
+        ensemble=lambda: ensemble_table(study), behaviour=lambda: behaviour_table(study),
         teachers=lambda: teacher_table(study), short=lambda: accuracy_table(Study(RESULTS / 'short'), SMALL)))
     fill(ROOT / 'README.md', dict(study=lambda: readme_table(study)))
     for name, (_, methods) in REGIMES.items():

@@ -163,6 +163,18 @@ def test_figures_of_the_report(tmp_path):
     assert table.count('\n') == 3 and '| no exits | 5 | - | - | ' in table
     assert str(difference) in study_report.pairs_table(found)
 
+    def values_of(config, classifier):
+        return [row['top1'] for row in results if row['config'] == config and row['classifier'] == classifier]
+
+    gap = [a - b for a, b in zip(values_of('small_eed_kl', 'ensemble'), values_of('small_eed_kl', 'main'))]
+    half = stats.t.ppf(.975, 4) * stats.sem(gap)
+    assert f'| {np.mean(gap):+.2f} ({np.mean(gap) - half:+.2f} to {np.mean(gap) + half:+.2f}), n = 5 |' in (
+        study_report.ensemble_table(found))
+    found.results.update({('small_ce', name, 'top1'): dict(enumerate(
+        value - 1. for value in values_of('small_eed_kl', name))) for name in study_report.CLASSIFIERS})
+    assert study_report.by_classifier_table(found).splitlines()[2:] == [
+        '| small | EED, KL (8) | 5 |' + ' +1.00 (+1.00 to +1.00) |' * 4]
+
 
 def test_only_what_is_between_the_marks_is_written(tmp_path):
     file = tmp_path / 'x.md'
