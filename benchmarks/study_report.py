@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import stats
 
 from timm_eed.curves import Group
@@ -236,6 +237,30 @@ def draw(study: Study, methods: Dict[str, str], classifiers: Sequence[str], path
         curves_figure(groups).savefig(path)
 
 
+def draw_differences(study: Study, path: Path) -> None:
+    """Main network against the plain one: a dot per seed; mean and 95 % interval where there are several."""
+    figure = Figure(figsize=(7.2, 3.4), layout='constrained', dpi=100)
+    axes, labels = figure.subplots(), []
+    for regime, (_, methods) in REGIMES.items():
+        plain = study.test(f'{regime}_none')
+        for config, label in methods.items():
+            difference = paired(study.test(config), plain)
+            if config == f'{regime}_none' or difference is None:
+                continue
+            row, seeds = len(labels), sorted(set(study.test(config)) & set(plain))
+            axes.plot([study.test(config)[seed] - plain[seed] for seed in seeds], [row + .25] * len(seeds), '.',
+                      color='tab:gray')
+            axes.plot([difference.low, difference.high], [row, row], color='tab:blue')
+            axes.plot(difference.mean, row, 'o', color='tab:blue')
+            labels.append(f'{regime}: {label}, n = {difference.n}')
+    axes.axvline(0, color='black', linewidth=.8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.grid(axis='x', alpha=.3)
+    axes.set_xlabel('main network against no exits, test top-1 (points)')
+    figure.savefig(path)
+
+
 def fill(path: Path, parts: Dict[str, Callable[[], str]]) -> None:
     """Write what stands between the marks of a file anew."""
     text = path.read_text(encoding='utf-8')
@@ -268,6 +293,7 @@ def main() -> None:
     fill(ROOT / 'README.md', dict(study=lambda: readme_table(study)))
     for name, (_, methods) in REGIMES.items():
         draw(study, methods, ['main', 'ensemble'], RESULTS / f'curves_{name}.png')
+    draw_differences(study, RESULTS / 'differences.png')
 
 
 if __name__ == '__main__':

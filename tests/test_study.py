@@ -190,3 +190,11 @@ def test_pictures_are_drawn(tmp_path):
     write_results(tmp_path)
     study_report.draw(study_report.Study(tmp_path), study_report.SMALL, ['main', 'ensemble'], tmp_path / 'x.png')
     assert len(np.unique(np.asarray(Image.open(tmp_path / 'x.png').convert('RGB')).reshape(-1, 3), axis=0)) > 10
+
+
+def test_differences_are_drawn(tmp_path):
+    write_results(tmp_path)
+    study_report.draw_differences(study_report.Study(tmp_path), tmp_path / 'x.png')
+    pixels = np.asarray(Image.open(tmp_path / 'x.png').convert('RGB')).reshape(-1, 3)
+    blue = (pixels == (31, 119, 180)).all(1)  # mean and interval
+    assert blue.sum() > 20
